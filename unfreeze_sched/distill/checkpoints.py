@@ -1,0 +1,295 @@
+"""Checkpoints of teacher and student: read without running code, refused unless they fit, written atomically."""
+
+from __future__ import annotations
+
+import os
+import re
+import uuid
+import warnings
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+# What Lightning modules, plain wrappers, DataParallel and torch.compile put before a model's own names.
+_WRAPPERS = ("module.", "model.", "unet.", "_orig_mod.")
+_HEAD = "segmentation_head.0.weight"
+_SHOWN = 5
+
+
+class CheckpointError(ValueError):
+    """A file that is no checkpoint, or none of this model; names the file, what is wrong and one fix."""
+
+
+def load_segmentation_state(model: nn.Module, path: str | os.PathLike[str], *, what: str = "teacher") -> None:
+    """Load a segmentation model's weights from a file, all of them or none.
+
+    The file holds a state dict, or one under `state_dict` (Lightning) or `model_state_dict`; keys may stand behind
+    `module.`, `model.`, `unet.` or `_orig_mod.`, nested in any order. Half and bfloat16 weights are cast to the
+    model's dtype. No code in the file is run.
+
+    Args:
+        model: Built as the file's model was: same encoder, decoder and number of classes.
+        path: The file.
+        what: How errors call the model.
+
+    Raises:
+        CheckpointError: The file is missing, damaged, no checkpoint, holds objects that would run code, or does not
+            fit in every key and shape; `model` is then unchanged.
+
+    Example:
+        >>> import tempfile
+        >>> model = nn.Sequential(nn.Conv2d(3, 1, 3))
+        >>> path = Path(tempfile.mkdtemp()) / "epoch=9.ckpt"
+        >>> torch.save({"epoch": 9, "state_dict": {f"model.{k}": v for k, v in model.state_dict().items()}}, path)
+        >>> load_segmentation_state(model, path)
+    """
+    state = _state_of(_read(path), path)
+    expected = model.state_dict()
+    prefix = _prefix(state, expected, _WRAPPERS)
+    # A key outside the prefix keeps its full name, and so shows up as one that does not fit.
+    state = {key.removeprefix(prefix): value for key, value in state.items()}
+    refuse_misfits(state, expected, source=str(path), what=what)
+    model.load_state_dict(state)
+
+
+def load_encoder_weights(encoder: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Load an encoder's weights from its own file, or from a whole segmentation model's.
+
+    Of a whole model's file only what stands under `encoder.` is used. Of an encoder's file, the keys that smp's
+    encoder class itself discards, its ImageNet classifier, are left out; all else has to fit, parts that the
+    encoder's forward never uses included: a file without them was made for another class of encoder.
+
+    Args:
+        encoder: An smp encoder, `model.encoder`.
+        path: The file; for what it may hold, see `load_segmentation_state`.
+
+    Raises:
+        CheckpointError: As `load_segmentation_state`; `encoder` is then unchanged.
+
+    Example:
+        >>> import tempfile
+        >>> encoder = nn.Sequential(nn.Conv2d(3, 8, 3))
+        >>> path = Path(tempfile.mkdtemp()) / "unet.pth"
+        >>> torch.save({"encoder.0.weight": torch.ones(8, 3, 3, 3), "encoder.0.bias": torch.ones(8),
+        ...             "segmentation_head.0.weight": torch.ones(1, 8, 3, 3)}, path)
+        >>> load_encoder_weights(encoder, path)
+        >>> encoder[0].bias.sum().item()
+        8.0
+    """
+    state = _state_of(_read(path), path)
+    expected = encoder.state_dict()
+    prefix = _prefix(state, expected, (*_WRAPPERS, "encoder."))
+    if prefix.endswith("encoder."):
+        state = {key: value for key, value in state.items() if key.startswith(prefix)}
+    state = {key.removeprefix(prefix): value for key, value in state.items()}
+    state = {key: value for key, value in state.items() if key in expected or not _discards(encoder, key, value)}
+    refuse_misfits(state, expected, source=str(path), what="encoder")
+    encoder.load_state_dict(state)
+
+
+def classes_of(path: str | os.PathLike[str]) -> int:
+    """The number of classes, the output channels of the segmentation head, that a segmentation model's file has.
+
+    Raises:
+        CheckpointError: The file cannot be read, or holds no segmentation head of smp's, or several.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "unet.pth"
+        >>> torch.save({"segmentation_head.0.weight": torch.ones(5, 16, 3, 3)}, path)
+        >>> classes_of(path)
+        5
+    """
+    heads = [value for key, value in _state_of(_read(path), path).items() if f".{key}".endswith(f".{_HEAD}")]
+    if len(heads) != 1 or heads[0].ndim == 0:
+        raise CheckpointError(
+            f"{path}: must hold one `{_HEAD}`, got {len(heads)}; give the file of one whole smp segmentation model"
+        )
+    return int(heads[0].shape[0])
+
+
+def save_atomically(obj: Any, path: str | os.PathLike[str]) -> None:
+    """`torch.save` that leaves either the old file or the new one, whole, whenever it is cut off.
+
+    The bytes go to a temporary file beside `path`, reach the disk, and take the name in one step. When saving fails,
+    the temporary file is removed; only a killed process leaves one behind, `.NAME.*.tmp`.
+
+    Args:
+        obj: What `torch.save` takes.
+        path: The file to write, in a folder that exists; where it is a link, the file it points to.
+
+    Raises:
+        OSError: The folder is missing, full or not writable.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "student.pth"
+        >>> save_atomically({"weight": torch.ones(2)}, path)
+        >>> torch.load(path, weights_only=True)
+        {'weight': tensor([1., 1.])}
+    """
+    target = Path(path).resolve()
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        # Not tempfile's, which no one else may read: a checkpoint has the permissions of any new file.
+        with temporary.open("xb") as file:
+            torch.save(obj, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if os.name == "posix":  # the new name is on disk once its folder is; Windows cannot open a folder
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def refuse_misfits(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, source: str, what: str) -> None:
+    """Check that a state dict fits in every key and shape.
+
+    Args:
+        state: What was read.
+        expected: The model's own `state_dict()`.
+        source: How errors call the file.
+        what: How errors call the model.
+
+    Raises:
+        CheckpointError: It does not; names the first few keys of each kind, both shapes, and one fix.
+
+    Example:
+        >>> refuse_misfits({"a": torch.ones(2)}, {"a": torch.zeros(2)}, source="file.pth", what="teacher")
+    """
+    misfits = _Misfits(
+        missing=[key for key in expected if key not in state],
+        unexpected=[key for key in state if key not in expected],
+        shapes={
+            key: (tuple(state[key].shape), tuple(value.shape))
+            for key, value in expected.items()
+            if key in state and state[key].shape != value.shape
+        },
+    )
+    if any(misfits):
+        nothing_fits = len(misfits.missing) == len(expected)
+        raise CheckpointError(f"{source}: must fit the {what}, got {misfits.text()}; {misfits.fix(what, nothing_fits)}")
+
+
+class _Misfits(NamedTuple):
+    missing: list[str]
+    unexpected: list[str]
+    shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+
+    def text(self) -> str:
+        shapes = [f"{key}: file {theirs}, model {ours}" for key, (theirs, ours) in self.shapes.items()]
+        kinds = (("missing", self.missing), ("unexpected", self.unexpected), ("of another shape", shapes))
+        return ", ".join(f"{len(items)} {kind} ({_few(items)})" for kind, items in kinds if items)
+
+    def fix(self, what: str, nothing_fits: bool) -> str:
+        """What to do about it, with what the misfits tell about the file."""
+        if nothing_fits:
+            return f"none of the {what}'s keys is in it, so give another file"
+        said = ""
+        theirs, ours = ((*shape, 0)[0] for shape in self.shapes.get(_HEAD, ((), ())))
+        if theirs != ours:
+            said = f"the file has {theirs} {'class' if theirs == 1 else 'classes'}, the model {ours}: "
+        lacking = (*self.missing, *self.shapes)
+        in_encoder = [key for key in lacking if what == "encoder" or key.startswith("encoder.")]
+        channels = len(in_encoder) == 1 and _differ_in_channels(*self.shapes.get(in_encoder[0], ((), ())))
+        guesses = (
+            (channels, f"it looks like another number of input channels, so build the {what} with the file's"),
+            (in_encoder, f"it looks like another encoder, so build the {what} with the encoder of the file"),
+            (
+                any(key.startswith("decoder.") for key in lacking),
+                f"it looks like another decoder, so build the {what} with the decoder of the file",
+            ),
+            (said, f"build the {what} with classes={theirs}"),
+            (not lacking, f"save the {what}'s own `state_dict()` alone"),
+        )
+        built = f"build the {what} as the file's model was built"
+        return said + next((guess for applies, guess in guesses if applies), built)
+
+
+def _differ_in_channels(theirs: tuple[int, ...], ours: tuple[int, ...]) -> bool:
+    """Whether these are shapes of one convolution, (out, in, ...), but for the number of channels it takes."""
+    return theirs[1:2] != ours[1:2] and (theirs[:1], theirs[2:]) == (ours[:1], ours[2:])
+
+
+def _few(items: list[str]) -> str:
+    return ", ".join(items[:_SHOWN]) + (", ..." if len(items) > _SHOWN else "")
+
+
+def _read(path: str | os.PathLike[str]) -> Any:
+    """What `torch.load` finds in a file, without running any of its code."""
+    file = Path(path)
+    if file.is_dir():
+        raise CheckpointError(f"{path}: must be a file, got a folder; give the checkpoint inside it")
+    if not file.exists():
+        raise CheckpointError(f"{path}: must be a checkpoint, got no such file; check the path")
+    if file.stat().st_size == 0:
+        raise CheckpointError(f"{path}: must be a checkpoint, got an empty file; copy or download it again")
+    try:
+        with warnings.catch_warnings():
+            # Any pickle at all makes torch warn of its protocol; the error below says what matters.
+            warnings.filterwarnings("ignore", message="Detected pickle protocol", category=UserWarning)
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except PermissionError as error:
+        raise CheckpointError(f"{path}: must be readable, got {error.strerror}; change its permissions") from None
+    except Exception as error:  # noqa: BLE001  # bytes that are no checkpoint make an unpickler raise nearly anything
+        refused = re.search(r"GLOBAL ([\w.]*\w)", str(error))
+        if refused:
+            raise CheckpointError(
+                f"{path}: must hold tensors and plain values only, got {refused[1]}, which could run code; if you "
+                'trust the file, save torch.load(path, weights_only=False)["state_dict"], or the whole model\'s '
+                "state_dict(), to a new file"
+            ) from None
+        raise CheckpointError(
+            f"{path}: must be a checkpoint of torch.save, got a damaged or different file "
+            f"({type(error).__name__}); copy or download it again"
+        ) from None
+
+
+def _state_of(content: Any, path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The state dict in what a file holds."""
+    state = content
+    if isinstance(content, Mapping):
+        state = next((content[key] for key in ("state_dict", "model_state_dict") if key in content), content)
+    if not isinstance(state, Mapping) or not state:
+        found = f"{type(state).__name__}" if not isinstance(state, Mapping) else "an empty one"
+        raise CheckpointError(f"{path}: must hold a state dict, got {found}; save `model.state_dict()`")
+    others = [str(key) for key, value in state.items() if not isinstance(key, str) or not isinstance(value, Tensor)]
+    if others:
+        raise CheckpointError(
+            f"{path}: must hold a state dict, got values that are no tensors ({_few(others)}); "
+            'save `model.state_dict()`, alone or under "state_dict"'
+        )
+    return dict(state)
+
+
+def _prefix(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], parts: tuple[str, ...]) -> str:
+    """The prefix, made of `parts`, without which the most keys are the model's; the shortest of equals."""
+    prefixes = {""}
+    for key in state:
+        prefix = ""
+        while part := next((part for part in parts if key.startswith(part, len(prefix))), ""):
+            prefix += part
+            prefixes.add(prefix)
+
+    def fitting(prefix: str) -> int:
+        return sum(key.startswith(prefix) and key[len(prefix) :] in expected for key in state)
+
+    return max(sorted(prefixes, key=len), key=fitting)
+
+
+def _discards(encoder: nn.Module, key: str, value: Tensor) -> bool:
+    """Whether the encoder's class itself drops `key` on loading, as smp's classes do with the classifier's."""
+    probe = {key: value.to("meta")}
+    with suppress(RuntimeError):  # strict, and nearly all keys are missing; the classes differ in what else they take
+        encoder.load_state_dict(probe)
+    return not probe

@@ -1,0 +1,185 @@
+"""The distillation loss: a softened teacher term beside Dice and cross entropy against the masks."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812  # torch's own habit
+
+
+class LossParts(NamedTuple):
+    """One evaluation of a `DistillationLoss`, term by term; scalar tensors.
+
+    `total` is `alpha * distillation + (1 - alpha) * (dice + cross_entropy)`.
+    """
+
+    total: Tensor
+    distillation: Tensor
+    dice: Tensor
+    cross_entropy: Tensor
+
+
+class DistillationLoss(nn.Module):
+    r"""Knowledge distillation for segmentation, binary or multi-class.
+
+    loss = alpha * distill + (1 - alpha) * (dice + cross_entropy)
+
+    distill = T^2 * mean over pixels of KL(softmax(teacher / T) || softmax(student / T)), where one channel stands for
+    the two-class case: the Bernoulli KL of sigmoid(teacher / T) and sigmoid(student / T). Means are over the pixels
+    that are not ignored, so an ignored pixel changes no term; where all are ignored, the loss is 0. Dice and cross
+    entropy come from segmentation_models_pytorch; its Dice counts over the whole batch and lets a class without a
+    true pixel contribute 0.
+
+    All is computed in float32, or in float64 where the student's logits are, under autocast too. The teacher gets no
+    gradient. Each call checks the mask's values, which waits for the device once.
+
+    Args:
+        alpha: Weight of the distillation term, in [0, 1].
+        temperature: T > 0, above 1 to soften; float32 resolves the term well up to about 100.
+        ignore_index: Mask value of pixels that count nowhere. Binary masks hold 0 and 1: a mask saved as 0 and 255
+            would have its whole foreground ignored; divide it by 255.
+
+    Raises:
+        TypeError: `ignore_index` is no integer.
+        ValueError: `alpha` or `temperature` is no number in its range.
+        ModuleNotFoundError: segmentation_models_pytorch is missing.
+
+    Example:
+        >>> loss = DistillationLoss(alpha=0.5, temperature=2.0)
+        >>> student, teacher = torch.zeros(1, 3, 4, 4), torch.zeros(1, 3, 4, 4)
+        >>> parts = loss.parts(student, teacher, torch.zeros(1, 4, 4, dtype=torch.int64))
+        >>> [round(part.item(), 4) for part in parts]  # Dice 0.5 for the one class there, log(3)
+        [0.6326, 0.0, 0.1667, 1.0986]
+
+    Source: Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", 2015, section 2, for T^2.
+    """
+
+    def __init__(self, alpha: float = 0.5, temperature: float = 2.0, ignore_index: int = 255) -> None:
+        super().__init__()
+        self.alpha = _number(alpha)
+        if not 0 <= self.alpha <= 1:  # false for NaN
+            raise ValueError(f"`alpha` must be a number in [0, 1], got {alpha!r}; use 0.5 for equal weights")
+        self.temperature = _number(temperature)
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(
+                f"`temperature` must be a positive number, got {temperature!r}; use 1 for unsoftened targets"
+            )
+        if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+            raise TypeError(f"`ignore_index` must be an integer, got {ignore_index!r}; use 255, or -100 for no pixel")
+        self.ignore_index = ignore_index
+        try:
+            from segmentation_models_pytorch import losses  # noqa: PLC0415  # an extra: asked for on use
+        except ModuleNotFoundError:
+            raise ModuleNotFoundError(
+                "`DistillationLoss` needs segmentation_models_pytorch; pip install 'unfreeze-sched[distill]'"
+            ) from None
+        self._dice = nn.ModuleDict(
+            {mode: losses.DiceLoss(mode, ignore_index=ignore_index) for mode in ("binary", "multiclass")}
+        )
+        # Summed, and divided by the pixels that count: smp's own mean divides by all, so ignoring would scale the term.
+        self._cross_entropy = nn.ModuleDict(
+            {
+                "binary": losses.SoftBCEWithLogitsLoss(ignore_index=ignore_index, reduction="sum"),
+                # smp's default, None, ends in a TypeError.
+                "multiclass": losses.SoftCrossEntropyLoss("sum", smooth_factor=0.0, ignore_index=ignore_index),
+            }
+        )
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, masks: Tensor) -> Tensor:
+        """The loss.
+
+        Args:
+            student_logits: (B, C, H, W); C = 1 is the binary case.
+            teacher_logits: As the student's, with no gradient flowing into them.
+            masks: Class indices, integers in [0, C) or `ignore_index`, (B, H, W). In the binary case 0, 1 or
+                `ignore_index`, of any dtype, (B, H, W) or (B, 1, H, W).
+
+        Returns:
+            A scalar tensor.
+
+        Raises:
+            TypeError: Not a tensor, or float masks for more than one class.
+            ValueError: Shapes that do not belong together, or a mask value out of range.
+        """
+        return self.parts(student_logits, teacher_logits, masks).total
+
+    def parts(self, student_logits: Tensor, teacher_logits: Tensor, masks: Tensor) -> LossParts:
+        """The loss and its terms, for logging; arguments and errors as in `forward`."""
+        labels = self._labels(student_logits, teacher_logits, masks)
+        dtype = torch.promote_types(student_logits.dtype, torch.float32)
+        student, teacher = student_logits.to(dtype), teacher_logits.detach().to(dtype)
+        counts = labels != self.ignore_index
+        pixels = counts.sum().clamp_min(1)
+
+        divergence = _bernoulli_kl if student.shape[1] == 1 else _softmax_kl
+        per_pixel = divergence(student / self.temperature, teacher / self.temperature)
+        distillation = self.temperature**2 * (per_pixel * counts).sum() / pixels
+
+        if student.shape[1] == 1:
+            mode, target = "binary", labels.unsqueeze(1).to(dtype)
+        else:
+            mode, target = "multiclass", labels
+        dice = self._dice[mode](student, target)
+        cross_entropy = self._cross_entropy[mode](student, target) / pixels
+        total = self.alpha * distillation + (1 - self.alpha) * (dice + cross_entropy)
+        return LossParts(total, distillation, dice, cross_entropy)
+
+    def extra_repr(self) -> str:
+        """The arguments."""
+        return f"alpha={self.alpha}, temperature={self.temperature}, ignore_index={self.ignore_index}"
+
+    def _labels(self, student_logits: Tensor, teacher_logits: Tensor, masks: Tensor) -> Tensor:
+        """The masks as int64, (B, H, W), after all three were checked."""
+        for name, value in (("student_logits", student_logits), ("teacher_logits", teacher_logits), ("masks", masks)):
+            if not isinstance(value, Tensor):
+                raise TypeError(f"`{name}` must be a tensor, got {type(value).__name__}; use torch.as_tensor")
+        shape = tuple(student_logits.shape)
+        if len(shape) != 4 or shape[1] == 0:  # noqa: PLR2004  # (B, C, H, W)
+            raise ValueError(f"`student_logits` must be (B, C, H, W), got {shape}; pass the model's output as it is")
+        if tuple(teacher_logits.shape) != shape:
+            raise ValueError(
+                f"`teacher_logits` must have the student's shape {shape}, got {tuple(teacher_logits.shape)}; "
+                "build both models with the same `classes` and feed both the same images"
+            )
+        batch, classes, height, width = shape
+        wanted = (batch, height, width)
+        if classes == 1 and tuple(masks.shape) == (batch, 1, height, width):
+            masks = masks.squeeze(1)
+        if tuple(masks.shape) != wanted:
+            raise ValueError(
+                f"`masks` must be {wanted} for logits of {shape}, got {tuple(masks.shape)}; "
+                "pass one class index a pixel, resized to the logits"
+            )
+        if classes > 1 and (masks.is_floating_point() or masks.is_complex()):
+            raise TypeError(f"`masks` must hold integers for {classes} classes, got {masks.dtype}; use masks.long()")
+        labels = masks.long()
+        inside = (labels >= 0) & (labels < max(classes, 2)) & (labels == masks)
+        if not bool((inside | (masks == self.ignore_index)).all()):
+            wrong = masks[~(inside | (masks == self.ignore_index))][0].item()
+            raise ValueError(
+                f"`masks` must hold classes 0 to {max(classes, 2) - 1} or {self.ignore_index} for {classes} "
+                f"{'channel' if classes == 1 else 'channels'}, got {wrong}; check `classes` and how masks are read"
+            )
+        return labels
+
+
+def _number(value: object) -> float:
+    """A real number as float, and NaN for all else, so that one range check refuses both."""
+    return float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+
+
+def _softmax_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL(softmax(teacher) || softmax(student)) over channels: (B, C, H, W) twice to (B, H, W)."""
+    log_p, log_q = F.log_softmax(teacher, 1), F.log_softmax(student, 1)
+    return (log_p.exp() * (log_p - log_q)).sum(1)
+
+
+def _bernoulli_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL of Bernoulli(sigmoid(teacher)) and Bernoulli(sigmoid(student)): (B, 1, H, W) twice to (B, H, W)."""
+    yes = teacher.sigmoid() * (F.logsigmoid(teacher) - F.logsigmoid(student))
+    no = (-teacher).sigmoid() * (F.logsigmoid(-teacher) - F.logsigmoid(-student))
+    return (yes + no).squeeze(1)

@@ -1,0 +1,89 @@
+"""Freeze and unfreeze a block: `requires_grad`, no gradient left behind, and norm layers that stay in evaluation mode."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from unfreeze_sched.blocks import Block
+
+Norms = Literal["eval", "train"]
+
+# Buffers that a forward pass in training mode writes, whether or not a gradient flows: running statistics, and the
+# vectors of spectral norm's power iteration (as a parametrization, and as the older hook).
+_WRITTEN_IN_TRAINING = frozenset({"running_mean", "running_var", "_u", "weight_u"})
+
+
+def freeze(block: Block, norms: Norms = "eval") -> None:
+    """Freeze a block, so that no step of any optimizer and no forward pass changes it; idempotent.
+
+    Args:
+        block: The block.
+        norms: `"eval"` holds the block's norm layers in evaluation mode, `"train"` leaves their mode alone.
+    """
+    set_requires_grad(block, requires_grad=False)
+    if norms == "eval":
+        hold_norms(block)
+
+
+def unfreeze(block: Block) -> None:
+    """Make a block trainable and give its norm layers back to `model.train()`; idempotent."""
+    set_requires_grad(block, requires_grad=True)
+    release_norms(block)
+
+
+def set_requires_grad(block: Block, *, requires_grad: bool) -> None:
+    """Set the flag on each of the block's parameters, and drop the gradient of each that changes.
+
+    A gradient from before the change would still be applied by the next step, and counted by gradient clipping.
+    """
+    for parameter in block.parameters():
+        if parameter.requires_grad is not requires_grad:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = None
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether the module is a norm layer: by torch's classes, or by a buffer that only training writes."""
+    return isinstance(
+        module, (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+    ) or not _WRITTEN_IN_TRAINING.isdisjoint(
+        module._buffers  # noqa: SLF001  # the module's own, without those of its children
+    )
+
+
+class _EvalHold:
+    """Stands in for `module.train` while a norm layer is frozen: remembers the mode asked for, and stays in evaluation.
+
+    An attribute of the instance, since the mode has to survive a `train()` on any parent, and an object rather than a
+    closure, so that the model can still be pickled and deep-copied.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.asked = module.training
+
+    def __call__(self, mode: bool = True) -> nn.Module:
+        self.asked = mode
+        type(self.module).train(self.module, mode)  # for the children
+        self.module.training = False
+        return self.module
+
+
+def hold_norms(block: Block) -> None:
+    """Put the block's norm layers into evaluation mode, whatever `train()` says; idempotent."""
+    for module in block.modules():
+        if is_norm(module) and not isinstance(module.__dict__.get("train"), _EvalHold):
+            module.__dict__["train"] = _EvalHold(module)
+            module.training = False
+
+
+def release_norms(block: Block) -> None:
+    """Let the block's norm layers follow `train()` again, from the mode last asked of them; idempotent."""
+    for module in block.modules():
+        hold = module.__dict__.get("train")
+        if isinstance(hold, _EvalHold):
+            del module.__dict__["train"]
+            module.training = hold.asked

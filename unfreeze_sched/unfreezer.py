@@ -1,0 +1,199 @@
+"""`ProgressiveUnfreezer`: schedule, blocks and optimizer, in one line an epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from unfreeze_sched._fields import as_count
+from unfreeze_sched.blocks import Block
+from unfreeze_sched.freezing import Norms, hold_norms, release_norms, set_requires_grad
+from unfreeze_sched.rebuilder import UNCHANGED, GroupChange, Membership, OnRefreeze, OptimizerRebuilder
+from unfreeze_sched.schedule import UnfreezeSchedule
+
+
+class ProgressiveUnfreezer:
+    """Unfreezes an encoder's blocks by a schedule, and lets them join the live optimizer.
+
+    `apply(epoch)` is three idempotent steps: the schedule's number of blocks; their `requires_grad` and norm modes; the
+    optimizer's groups and the LR schedulers' rows. It needs no earlier call.
+
+    Args:
+        blocks: The encoder's blocks, shallow to deep.
+        optimizer: The live optimizer; it holds the head's parameters, and none of the blocks'.
+        schedule: Its `total_blocks` is the number of blocks.
+        lr_schedulers: All the LR schedulers of the optimizer; None says that there is none.
+        learning_rate_scale: In (0, 1]; None takes the preset's.
+        layer_decay: As for `OptimizerRebuilder`, like the rest.
+        template: 0-based index of the group that joining groups clone.
+        on_refreeze: `"keep"` or `"drop"`.
+        membership: `"late"` or `"declared"`.
+        norms: `"eval"` holds the norm layers of frozen blocks in evaluation mode, even after `model.train()`; `"train"`
+            leaves their mode alone.
+
+    Raises:
+        TypeError: An argument of the wrong type.
+        ValueError: An argument out of range, or a schedule for another number of blocks.
+
+    Example:
+        >>> from torch import nn
+        >>> from unfreeze_sched import RatePreset
+        >>> net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+        >>> optimizer = torch.optim.AdamW(net[2].parameters(), lr=1e-3)
+        >>> blocks = [Block("first", (net[0],)), Block("second", (net[1],))]
+        >>> preset = RatePreset(unfreeze_start_epoch=1, unfreeze_rate=1)
+        >>> schedule = UnfreezeSchedule(preset=preset, total_blocks=2, total_epochs=3)
+        >>> unfreezer = ProgressiveUnfreezer(blocks, optimizer, schedule)
+        >>> [unfreezer.apply(epoch).added for epoch in range(3)]
+        [(), ('second/weight', 'second/bias'), ('first/weight', 'first/bias')]
+    """
+
+    def __init__(
+        self,
+        blocks: Iterable[Block],
+        optimizer: Optimizer,
+        schedule: UnfreezeSchedule,
+        lr_schedulers: Sequence[Any] | None = (),
+        learning_rate_scale: float | None = None,
+        layer_decay: float = 1.0,
+        template: int = 0,
+        on_refreeze: OnRefreeze = "keep",
+        membership: Membership = "late",
+        norms: Norms = "eval",
+    ) -> None:
+        if not isinstance(schedule, UnfreezeSchedule):
+            raise TypeError(f"`schedule` must be an UnfreezeSchedule, got {type(schedule).__name__}; make one")
+        if norms not in {"eval", "train"}:
+            raise ValueError(f"`norms` must be one of eval, train, got {norms!r}; 'eval' is the default")
+        scale = schedule.preset.learning_rate_scale if learning_rate_scale is None else learning_rate_scale
+        blocks = tuple(blocks)
+        if len(blocks) != schedule.total_blocks:
+            raise ValueError(
+                f"`schedule` must be for the {len(blocks)} blocks given, got total_blocks={schedule.total_blocks}; "
+                "pass total_blocks=len(blocks)"
+            )
+        self.schedule = schedule
+        self.norms = norms
+        self.rebuilder = OptimizerRebuilder(
+            optimizer, blocks, lr_schedulers, scale, layer_decay, template, on_refreeze, membership
+        )
+        self._applied: tuple[int, int] | None = None
+        self._seen_groups: list[dict[str, Any]] | None = None
+        self._seen_length = 0
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The blocks, shallow to deep."""
+        return self.rebuilder.blocks
+
+    def apply(self, epoch: int) -> GroupChange:
+        """Bring model, optimizer and LR schedulers to the state of an epoch; call it before the epoch is trained.
+
+        Args:
+            epoch: 0-based; any from 0 on, in any order.
+
+        Returns:
+            What joined the optimizer, and what left.
+
+        Raises:
+            TypeError: `epoch` is no integer.
+            ValueError: `epoch` is negative, or the change is refused; then nothing has changed.
+        """
+        progress = self.schedule.progress_at(epoch)
+        groups = self.rebuilder.optimizer.param_groups
+        if progress == self._applied and groups is self._seen_groups and len(groups) == self._seen_length:
+            return UNCHANGED
+        return self._bring_to(*progress)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is needed to replay the groups in a new process: small, of JSON's types alone.
+
+        Returns:
+            The schedule, each block's parameter names and shapes, and the numbers of blocks last applied.
+        """
+        return {
+            "schedule": self.schedule.model_dump(mode="json"),
+            "blocks": self._layout(),
+            "applied": None if self._applied is None else list(self._applied),
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Replay the groups of a saved run; load the LR schedulers and the optimizer after it.
+
+        Args:
+            state_dict: What `state_dict` gave, possibly by way of JSON.
+
+        Raises:
+            TypeError: `state_dict` is no mapping.
+            ValueError: It belongs to another schedule, model or division into blocks; nothing has changed.
+        """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(
+                f"`state_dict` must be a mapping, got {type(state_dict).__name__}; pass a saved state_dict()"
+            )
+        if set(state_dict) != set(self.state_dict()):
+            raise ValueError(
+                f"`state_dict` must have the keys {', '.join(self.state_dict())}, got {', '.join(map(str, state_dict))}; "
+                "pass a saved state_dict() of an unfreezer"
+            )
+        differences = list(_differences("schedule", state_dict["schedule"], self.schedule.model_dump(mode="json")))
+        differences += _differences("blocks", state_dict["blocks"], self._layout())
+        if differences:
+            raise ValueError(
+                "`state_dict` must be of this schedule and these blocks, got "
+                + "; ".join(differences[:5])
+                + (f"; and {len(differences) - 5} more" if len(differences) > 5 else "")  # noqa: PLR2004  # enough to see what it is
+                + "; rebuild what was saved"
+            )
+        applied = state_dict["applied"]
+        if applied is not None:
+            number, peak = (as_count(value, "applied", minimum=0, fix="it is a saved number") for value in applied)
+            self._bring_to(number, peak)
+
+    def _layout(self) -> dict[str, dict[str, list[int]]]:
+        return {block.name: {name: list(p.shape) for name, p in block.named_parameters()} for block in self.blocks}
+
+    def _bring_to(self, number: int, peak: int) -> GroupChange:
+        """Unfreeze the deepest `number` blocks and freeze the others; the deepest `peak` blocks get a group."""
+        groups = self.rebuilder.optimizer.param_groups
+        total = len(self.blocks)
+        depths = range(total)  # 0 is the deepest block
+        if self._applied is not None and groups is self._seen_groups and len(groups) == self._seen_length:
+            # All other blocks are as the last call left them.
+            before, peak_before = self._applied
+            depths = range(min(number, before), max(number, before, peak if peak > peak_before else 0))
+        changed = [(depth < number, total - 1 - depth) for depth in depths]
+        saved = [(p, p.requires_grad, p.grad) for _, index in changed for p in self.blocks[index].parameters()]
+        try:
+            for trainable, index in changed:
+                set_requires_grad(self.blocks[index], requires_grad=trainable)
+            change = self.rebuilder.sync_blocks((index for _, index in changed), met=peak)
+        except Exception:
+            for parameter, requires_grad, grad in saved:
+                parameter.requires_grad_(requires_grad)
+                parameter.grad = grad
+            raise
+        for trainable, index in changed:
+            if trainable:
+                release_norms(self.blocks[index])
+            elif self.norms == "eval":
+                hold_norms(self.blocks[index])
+        self._applied, self._seen_groups, self._seen_length = (number, peak), groups, len(groups)
+        return change
+
+
+def _differences(where: str, saved: Any, own: Any) -> Iterator[str]:
+    """Where two JSON-like values differ, in words; order counts, since groups follow it."""
+    if isinstance(saved, Mapping) and isinstance(own, Mapping):
+        for key in [*saved, *(key for key in own if key not in saved)]:
+            if key not in own or key not in saved:
+                yield f"{where}[{key!r}] {'saved alone' if key in saved else 'not saved'}"
+            else:
+                yield from _differences(f"{where}[{key!r}]", saved[key], own[key])
+        if set(saved) == set(own) and list(saved) != list(own):
+            yield f"{where} saved in the order {', '.join(saved)}"
+    elif saved != own:
+        yield f"{where} saved as {saved!r}, now {own!r}"
