@@ -115,35 +115,29 @@ def twins(
 def differences(run: Run, oracle: Run, *, relative: float = 0.0) -> list[str]:
     """Where the runs differ: weights, states and learning rates, by name; to the bit unless `relative` is given."""
 
-    def close(a: Tensor, b: Tensor) -> bool:
+    def close(a: Any, b: Any) -> bool:
+        a, b = torch.as_tensor(a), torch.as_tensor(b)
         if relative == 0:
             return a.shape == b.shape and bool((a == b).all())
         return torch.allclose(a, b, rtol=relative, atol=relative)
 
-    found = []
-    theirs = dict(oracle.model.named_parameters())
+    def compare(where: str, ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+        lone = [f"{key} of {where} is there in one alone" for key in ours.keys() ^ theirs.keys()]
+        common = ours.keys() & theirs.keys()
+        return lone + [f"{k} of {where}: {ours[k]} and {theirs[k]}" for k in common if not close(ours[k], theirs[k])]
+
+    twins_by_name = dict(oracle.model.named_parameters())
     joined = {id(parameter) for group in run.optimizer.param_groups for parameter in group["params"]}
+    found = []
     for name, parameter in run.model.named_parameters():
-        twin = theirs[name]
-        if not close(parameter, twin):
-            found.append(f"weight of {name}")
-        if id(parameter) not in joined:
-            continue  # Adagrad's oracle has a state from the start
-        state, twin_state = run.optimizer.state.get(parameter, {}), oracle.optimizer.state.get(twin, {})
-        if set(state) != set(twin_state):
-            found.append(f"state keys of {name}: {sorted(state)} against {sorted(twin_state)}")
-        found += [
-            f"{key} of {name}"
-            for key, value in state.items()
-            if key in twin_state and not close(torch.as_tensor(value), torch.as_tensor(twin_state[key]))
-        ]
-    groups = zip(run.optimizer.param_groups, oracle.optimizer.param_groups, strict=False)
-    for index, (group, twin_group) in enumerate(groups):
-        for key in ("lr", "momentum", "betas", "initial_lr"):
-            if (key in group) != (key in twin_group):
-                found.append(f"{key} of group {index} is there in one alone")
-            elif key in group and not close(torch.as_tensor(group[key]), torch.as_tensor(twin_group[key])):
-                found.append(f"{key} of group {index}: {group[key]} against {twin_group[key]}")
+        twin = twins_by_name[name]
+        found += compare(name, {"weight": parameter}, {"weight": twin})
+        if id(parameter) in joined:  # before, Adagrad's oracle alone has a state
+            found += compare(name, run.optimizer.state.get(parameter, {}), oracle.optimizer.state.get(twin, {}))
+    keys = ("lr", "momentum", "betas", "initial_lr")
+    for index, pair in enumerate(zip(run.optimizer.param_groups, oracle.optimizer.param_groups, strict=False)):
+        ours, theirs = ({key: group[key] for key in keys if key in group} for group in pair)
+        found += compare(f"group {index}", ours, theirs)
     return found
 
 

@@ -105,6 +105,16 @@ def test_the_mapped_weights_recognise_photographs(name: str, model: nn.Module) -
     assert seen(model, name) == pytest.approx(SEEN[name], abs=0.01)
 
 
+@torch.no_grad()
+def test_the_whole_photographs_are_classified(name: str, model: nn.Module) -> None:
+    """With nothing cropped off, `chelsea` is an Egyptian cat with p > 0.5 and `coffee` an espresso with p > 0.5."""
+    whole = {"crop_pct": 1.0, "crop_mode": "squash"}
+    for picture, label in (("chelsea", EGYPTIAN_CAT), ("coffee", ESPRESSO)):
+        chances = model(photograph(name, picture, 224, **whole)).softmax(1)[0]
+        assert chances.argmax() == label
+        assert chances[label] > 0.5
+
+
 @pytest.mark.parametrize(
     "names",
     [

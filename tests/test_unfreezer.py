@@ -111,7 +111,7 @@ def test_equals_the_oracle_on_drawn_schedules(
 
 def recreate(run: Any) -> None:
     """The common recipe: a new optimizer over what is trainable."""
-    groups = [{k: v for k, v in group.items()} for group in run.optimizer.param_groups]
+    groups = [dict(group) for group in run.optimizer.param_groups]
     run.optimizer = type(run.optimizer)(groups)
 
 

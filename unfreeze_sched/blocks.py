@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import difflib
 import re
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
@@ -139,6 +140,8 @@ def encoder_blocks(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a torch module, got {type(model).__name__}; pass the model itself")
+    if isinstance(unwrap(model), torch.jit.ScriptModule):
+        raise TypeError("`model` must be an eager module, got a TorchScript one; find its blocks before scripting it")
     names = _parameter_names(model)
     for parameter, name in names.items():
         if isinstance(parameter, UninitializedParameter):
@@ -258,15 +261,19 @@ def _blocks_by_structure(model: nn.Module, example_input: Any) -> tuple[Block, .
     stages = _find_stages(encoder, uses)
     starts = [stage.start for stage in stages]
 
-    def block_at(position: int) -> int:
-        return max(bisect_right(starts, position) - 1, 0)
-
-    owner = {parameter: block_at(use) for parameter, use in uses.items()}
+    owner = {parameter: max(bisect_right(starts, use) - 1, 0) for parameter, use in uses.items()}
     owner |= {parameter: index for index, stage in enumerate(stages) for parameter in stage.own}
-    members = _Members(owner, encoder.head, {module: block_at(position) for module, position in traced.runs.items()})
+    # A run's position is that of the operation to come: where a stage begins with it, the module ran before the stage.
+    at_run = {module: max(bisect_left(starts, run) - 1, 0) for module, run in traced.runs.items()}
+    members = _Members(owner, encoder.head, at_run)
     members.visit(encoder.base, encoder.top)
-    labels = [stage.name.removeprefix(encoder.base).lstrip(".") or type(model).__name__ for stage in stages]
-    return tuple(members.block(index, label) for index, label in enumerate(labels))
+    return tuple(members.block(index, _label(stage.name, encoder)) for index, stage in enumerate(stages))
+
+
+def _label(name: str, encoder: _Encoder) -> str:
+    """The name relative to the encoder, except where only a number would be left of it."""
+    relative = name.removeprefix(encoder.base).removeprefix(".") or type(encoder.top).__name__
+    return name if relative.split(".")[0].isdigit() else relative
 
 
 def _trace(model: nn.Module, example_input: Any) -> Trace:
@@ -489,6 +496,9 @@ def _common_module(names: Sequence[str]) -> str:
 class _Members:
     """Collects the largest modules that lie in one block, and bare parameters where a module is divided.
 
+    A module without parameters is in one block too, as far as it is no part of several members: one activation object
+    that serves every stage stays in each.
+
     Args:
         owner: The index of the block of each parameter that has one.
         skipped: Modules that are in no block.
@@ -514,14 +524,16 @@ class _Members:
             return
         self._seen.add(module)
         owners = {self._owner.get(parameter) for parameter in module.parameters()}
-        if not owners and (index := (self._at_run or {}).get(module)) is not None:
-            self._add(index, name, module)
-        elif not owners and not any(True for _ in module.children()):
+        ran = self._at_run or {}
+        if not owners and module in ran:
+            self._add(ran[module], name, module)
+        elif not owners and ran.keys().isdisjoint(module.modules()):
             self._add(self._current, name, module)
         elif len(owners) == 1:
             (index,) = owners
             self._note(index)
             self._add(index, name, module)
+            self._seen.update(module.parameters())
         else:  # divided, or a container that never runs itself, whose parts may lie in different blocks
             for key, parameter in module.named_parameters(recurse=False):
                 if parameter not in self._seen:

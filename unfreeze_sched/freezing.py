@@ -1,7 +1,8 @@
-"""Freeze and unfreeze a block: `requires_grad`, no gradient left behind, and norm layers that stay in evaluation mode."""
+"""Freeze and unfreeze a block: flags, no gradient left behind, and norm layers that stay in evaluation mode."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 from torch import nn
@@ -23,26 +24,34 @@ def freeze(block: Block, norms: Norms = "eval") -> None:
         block: The block.
         norms: `"eval"` holds the block's norm layers in evaluation mode, `"train"` leaves their mode alone.
     """
-    set_requires_grad(block, requires_grad=False)
+    drop_gradients(set_requires_grad(block.parameters(), requires_grad=False))
     if norms == "eval":
-        hold_norms(block)
+        hold_in_eval(norms_of(block))
 
 
 def unfreeze(block: Block) -> None:
     """Make a block trainable and give its norm layers back to `model.train()`; idempotent."""
-    set_requires_grad(block, requires_grad=True)
-    release_norms(block)
+    drop_gradients(set_requires_grad(block.parameters(), requires_grad=True))
+    release(norms_of(block))
 
 
-def set_requires_grad(block: Block, *, requires_grad: bool) -> None:
-    """Set the flag on each of the block's parameters, and drop the gradient of each that changes.
+def set_requires_grad(parameters: Iterable[nn.Parameter], *, requires_grad: bool) -> list[nn.Parameter]:
+    """Set the flag, and return the parameters on which it changed."""
+    changed = [parameter for parameter in parameters if parameter.requires_grad is not requires_grad]
+    for parameter in changed:
+        parameter.requires_grad = requires_grad
+    return changed
 
-    A gradient from before the change would still be applied by the next step, and counted by gradient clipping.
-    """
-    for parameter in block.parameters():
-        if parameter.requires_grad is not requires_grad:
-            parameter.requires_grad_(requires_grad)
-            parameter.grad = None
+
+def drop_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Forget gradients from before a change: a step would still apply them, and clipping count them."""
+    for parameter in parameters:
+        parameter.grad = None
+
+
+def norms_of(block: Block) -> tuple[nn.Module, ...]:
+    """The block's norm layers, those without parameters included."""
+    return tuple(module for module in block.modules() if is_norm(module))
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -72,17 +81,17 @@ class _EvalHold:
         return self.module
 
 
-def hold_norms(block: Block) -> None:
-    """Put the block's norm layers into evaluation mode, whatever `train()` says; idempotent."""
-    for module in block.modules():
-        if is_norm(module) and not isinstance(module.__dict__.get("train"), _EvalHold):
+def hold_in_eval(norms: Iterable[nn.Module]) -> None:
+    """Put norm layers into evaluation mode, whatever `train()` says from now on; idempotent."""
+    for module in norms:
+        if not isinstance(module.__dict__.get("train"), _EvalHold):
             module.__dict__["train"] = _EvalHold(module)
             module.training = False
 
 
-def release_norms(block: Block) -> None:
-    """Let the block's norm layers follow `train()` again, from the mode last asked of them; idempotent."""
-    for module in block.modules():
+def release(norms: Iterable[nn.Module]) -> None:
+    """Let norm layers follow `train()` again, from the mode last asked of them; idempotent."""
+    for module in norms:
         hold = module.__dict__.get("train")
         if isinstance(hold, _EvalHold):
             del module.__dict__["train"]

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import nn
 from torch.optim import LBFGS, Optimizer
 
@@ -60,7 +59,7 @@ class OptimizerRebuilder:
         learning_rate_scale: In (0, 1].
         layer_decay: In (0, 1]; 1 gives all blocks the same rate.
         template: 0-based index of the group that joining groups clone.
-        on_refreeze: What becomes of a parameter in the optimizer that is frozen again: `"keep"` leaves it there with its
+        on_refreeze: What becomes of a parameter that is frozen again: `"keep"` leaves it in the optimizer with its
             state, where no step moves it, `"drop"` takes it out and frees the state.
         membership: `"late"` adds a block's group when the block joins, `"declared"` adds all groups now, empty, and
             fills them later.
@@ -71,6 +70,7 @@ class OptimizerRebuilder:
             takes no further group, or an LR scheduler that was not passed.
 
     Example:
+        >>> import torch
         >>> net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
         >>> optimizer = torch.optim.AdamW(net[1].parameters(), lr=1.0)
         >>> rebuilder = OptimizerRebuilder(optimizer, [Block("first", (net[0],))], learning_rate_scale=0.1)
@@ -109,6 +109,7 @@ class OptimizerRebuilder:
         self._ratios = [scale * decay**depth for depth in reversed(range(len(self.blocks)))]
         self._template = self._checked_template(template)
         self._named = [tuple(block.named_parameters()) for block in self.blocks]
+        self.parameters = tuple(tuple(parameter for _, parameter in named) for named in self._named)
         self._refuse_members()
         self._checked_schedulers()
         if self.membership == "declared":
@@ -266,22 +267,19 @@ class OptimizerRebuilder:
 
     def _refuse_unfit(self, joining: list[Named]) -> None:
         """Refuse what torch's optimizers check in their constructor alone, and otherwise in the middle of a step."""
-        optimizer_class = type(self.optimizer)
+        optimizer_class: Any = type(self.optimizer)
         if not optimizer_class.__module__.startswith("torch.optim"):
             return
-        kinds: dict[Any, Named] = {}
-        for name, parameter in joining:
-            kinds.setdefault((parameter.ndim, parameter.dtype, parameter.device), (name, parameter))
         template = self.optimizer.param_groups[self._template]
-        hyper = {key: value for key, value in template.items() if key not in {"params", "param_names"}}
-        for (_, dtype, device), (name, parameter) in kinds.items():
-            # A stand-in of the same shape that holds one number.
-            stand_in = nn.Parameter(torch.empty((), dtype=dtype, device=device).expand(parameter.shape))
+        hyperparameters = {key: value for key, value in template.items() if key not in {"params", "param_names"}}
+        # They check the number of dimensions, so one parameter of each stands for the rest.
+        for name, parameter in {parameter.ndim: (name, parameter) for name, parameter in joining}.values():
+            stand_in = nn.Parameter(parameter.detach().new_empty(()).expand(parameter.shape))  # holds one number
             try:
-                optimizer_class([{**hyper, "params": [stand_in]}])
+                optimizer_class([{**hyperparameters, "params": [stand_in]}])
             except (ValueError, RuntimeError, TypeError) as error:
                 raise ValueError(
-                    f"`{name}` must fit {optimizer_class.__name__}, got shape {tuple(parameter.shape)}, {dtype}: {error}; "
+                    f"`{name}` must fit {optimizer_class.__name__}, got shape {tuple(parameter.shape)}: {error}; "
                     "leave it out of the block"
                 ) from error
 

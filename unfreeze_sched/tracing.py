@@ -12,12 +12,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode  # the only part of torch that shares autograd but no data
-from torch.utils._pytree import tree_map_only
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -26,6 +28,7 @@ _WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _USUAL_SIZES = (224, 256, 384, 299, 64, 32)
 _BATCH = 2  # a batch of one would lose its dimension to a `squeeze()`
 _TOKENS = 8
+_FRAMES = 16
 _SIZE_KEYS = ("img_size", "image_size")  # timm's, torchvision's and transformers' names
 
 
@@ -39,7 +42,7 @@ class Trace:
 
     Args:
         uses: For each parameter that can receive a gradient, the position of its first use.
-        runs: For each module that was called, the position of its first call.
+        runs: For each module that was called, the position of the operation that followed its first call.
         flat: Whether the output is one tensor of (batch, features), as a classifier's is.
     """
 
@@ -48,13 +51,26 @@ class Trace:
     flat: bool
 
 
+class _Guard(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Stops the copy from reaching the model itself, as through a closure, which `deepcopy` does not follow."""
+
+    def __init__(self, originals: set[int]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._originals = originals
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(id(leaf) in self._originals for leaf in tree_leaves((args, kwargs))):
+            raise RuntimeError("forward reaches past a copy of the model to the model itself")
+        return func(*args, **kwargs or {})
+
+
 def unwrap(module: nn.Module) -> nn.Module:
     """The module inside of DDP, DataParallel, `torch.compile`, FSDP1 or a checkpoint wrapper, or the module itself."""
     while True:
         if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             module = module.module
             continue
-        inner = next((m for name in _WRAPPED if (m := module._modules.get(name)) is not None), None)  # noqa: SLF001
+        inner = next((child for name, child in module.named_children() if name in _WRAPPED), None)
         if inner is None:
             return module
         module = inner
@@ -95,7 +111,8 @@ def trace(model: nn.Module, example_input: Any = None) -> Trace:
     """
     model = unwrap(model)
     calls: Iterable[Callable[[], Call]] = _guesses(model) if example_input is None else [_given(example_input)]
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)  # a model may hold small tensors that are not its buffers
+    guard = _Guard({id(tensor) for tensor in (*model.parameters(), *model.buffers())})
     failures: list[str] = []
     # Fake tensors draw no random numbers, but a model's own Python code may.
     python_random = random.getstate()
@@ -111,7 +128,7 @@ def trace(model: nn.Module, example_input: Any = None) -> Trace:
                 with mode:
                     args, kwargs = make_call()
                 try:
-                    with mode:
+                    with mode, guard:
                         args, kwargs = tree_map_only(torch.Tensor, partial(_fake, mode), (args, kwargs))
                         output = twin(*args, **kwargs)
                 except Exception as error:  # noqa: BLE001  # whatever a model raises says that this input does not fit
@@ -119,7 +136,7 @@ def trace(model: nn.Module, example_input: Any = None) -> Trace:
                     continue
                 tensors = list(_tensors(output))
                 fakes = {id(memo[id(p)]): p for p in model.parameters()}
-                uses = {fakes[key]: position for key, position in _uses(tensors).items() if key in fakes}
+                uses = {fakes[leaf]: position for leaf, position in _uses(tensors).items() if leaf in fakes}
                 if uses:
                     return Trace(uses, runs, flat=len(tensors) == 1 and tensors[0].dim() == 2)  # noqa: PLR2004
                 failures.append(f"an output that depends on no parameter on {_shapes(args, kwargs)}")
@@ -268,9 +285,11 @@ def _guesses(model: nn.Module) -> Iterator[Callable[[], Call]]:
         yield call(_BATCH, first.in_features)
         yield call(_BATCH, _TOKENS, first.in_features)
     elif isinstance(first, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        for size in dict.fromkeys((*_stated_sizes(model), *((s, s) for s in _USUAL_SIZES))):
-            spatial = {1: size[-1:], 2: size, 3: (16, *size)}[len(first.kernel_size)]
-            yield call(_BATCH, first.in_channels, *spatial)
+        sizes = dict.fromkeys((*_stated_sizes(model), *((size, size) for size in _USUAL_SIZES)))
+        # What is registered first need not run first, but nearly every image has three channels.
+        for channels, size in product(dict.fromkeys((first.in_channels, 3)), sizes):
+            extent = {1: size[-1:], 2: size, 3: (_FRAMES, *size)}[len(first.kernel_size)]
+            yield call(_BATCH, channels, *extent)
     # transformers' own example, needed where several inputs are.
     dummy = getattr(model, "dummy_inputs", None)
     if isinstance(dummy, Mapping):

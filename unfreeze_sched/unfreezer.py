@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch.optim import Optimizer
 
 from unfreeze_sched._fields import as_count
 from unfreeze_sched.blocks import Block
-from unfreeze_sched.freezing import Norms, hold_norms, release_norms, set_requires_grad
+from unfreeze_sched.freezing import Norms, drop_gradients, hold_in_eval, norms_of, release, set_requires_grad
 from unfreeze_sched.rebuilder import UNCHANGED, GroupChange, Membership, OnRefreeze, OptimizerRebuilder
 from unfreeze_sched.schedule import UnfreezeSchedule
 
@@ -39,6 +38,7 @@ class ProgressiveUnfreezer:
         ValueError: An argument out of range, or a schedule for another number of blocks.
 
     Example:
+        >>> import torch
         >>> from torch import nn
         >>> from unfreeze_sched import RatePreset
         >>> net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
@@ -80,6 +80,7 @@ class ProgressiveUnfreezer:
         self.rebuilder = OptimizerRebuilder(
             optimizer, blocks, lr_schedulers, scale, layer_decay, template, on_refreeze, membership
         )
+        self._norms = tuple(norms_of(block) for block in blocks)
         self._applied: tuple[int, int] | None = None
         self._seen_groups: list[dict[str, Any]] | None = None
         self._seen_length = 0
@@ -134,9 +135,10 @@ class ProgressiveUnfreezer:
             raise TypeError(
                 f"`state_dict` must be a mapping, got {type(state_dict).__name__}; pass a saved state_dict()"
             )
-        if set(state_dict) != set(self.state_dict()):
+        keys = self.state_dict().keys()
+        if set(state_dict) != keys:
             raise ValueError(
-                f"`state_dict` must have the keys {', '.join(self.state_dict())}, got {', '.join(map(str, state_dict))}; "
+                f"`state_dict` must have the keys {', '.join(keys)}, got {', '.join(map(str, state_dict))}; "
                 "pass a saved state_dict() of an unfreezer"
             )
         differences = list(_differences("schedule", state_dict["schedule"], self.schedule.model_dump(mode="json")))
@@ -166,21 +168,23 @@ class ProgressiveUnfreezer:
             before, peak_before = self._applied
             depths = range(min(number, before), max(number, before, peak if peak > peak_before else 0))
         changed = [(depth < number, total - 1 - depth) for depth in depths]
-        saved = [(p, p.requires_grad, p.grad) for _, index in changed for p in self.blocks[index].parameters()]
+        flipped = [
+            parameter
+            for trainable, index in changed
+            for parameter in set_requires_grad(self.rebuilder.parameters[index], requires_grad=trainable)
+        ]
         try:
-            for trainable, index in changed:
-                set_requires_grad(self.blocks[index], requires_grad=trainable)
             change = self.rebuilder.sync_blocks((index for _, index in changed), met=peak)
         except Exception:
-            for parameter, requires_grad, grad in saved:
-                parameter.requires_grad_(requires_grad)
-                parameter.grad = grad
+            for parameter in flipped:
+                parameter.requires_grad = not parameter.requires_grad
             raise
+        drop_gradients(flipped)
         for trainable, index in changed:
             if trainable:
-                release_norms(self.blocks[index])
+                release(self._norms[index])
             elif self.norms == "eval":
-                hold_norms(self.blocks[index])
+                hold_in_eval(self._norms[index])
         self._applied, self._seen_groups, self._seen_length = (number, peak), groups, len(groups)
         return change
 

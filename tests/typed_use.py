@@ -1,0 +1,48 @@
+"""The public API as a user's type checker sees it: checked by mypy, never run."""
+
+from __future__ import annotations
+
+from typing import assert_type
+
+import torch
+from torch import nn
+
+from unfreeze_sched import (
+    MEDIUM,
+    Block,
+    FractionPreset,
+    GroupChange,
+    MilestonePreset,
+    OptimizerRebuilder,
+    ProgressiveUnfreezer,
+    RatePreset,
+    UnfreezeSchedule,
+    encoder_blocks,
+    preset_for,
+)
+
+
+def use(model: nn.Module) -> None:
+    """Every public name, with the types that its documentation promises."""
+    assert_type(preset_for(500), RatePreset)
+    schedule = UnfreezeSchedule(preset=MEDIUM, total_blocks=7, total_epochs=50)
+    assert_type(schedule.replace(preset=FractionPreset(start=0.1)), UnfreezeSchedule)
+    UnfreezeSchedule(preset=MilestonePreset(milestones={3: 1}), total_blocks=7, total_epochs=50)
+    assert_type(schedule[3], int)
+    assert_type(list(schedule), list[int])
+    assert_type(schedule.transitions(), tuple[tuple[int, int], ...])
+
+    blocks = encoder_blocks(model)
+    assert_type(blocks, tuple[Block, ...])
+    assert_type(encoder_blocks(model, patterns=[r"layer1\."]), tuple[Block, ...])
+    Block("head", (nn.Linear(1, 1), nn.Parameter(torch.zeros(1))))
+
+    optimizer = torch.optim.AdamW(nn.Linear(1, 1).parameters())
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
+    assert_type(OptimizerRebuilder(optimizer, blocks, lr_schedulers=[scheduler]).sync(), GroupChange)
+    unfreezer = ProgressiveUnfreezer(blocks, optimizer, schedule, lr_schedulers=None, on_refreeze="drop")
+    change = unfreezer.apply(0)
+    assert_type(change.added, tuple[str, ...])
+    unfreezer.load_state_dict(unfreezer.state_dict())
+    unfreezer.apply("0")  # type: ignore[arg-type]
+    ProgressiveUnfreezer(blocks, optimizer, schedule, membership="early")  # type: ignore[arg-type]

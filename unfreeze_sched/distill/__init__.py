@@ -1,0 +1,31 @@
+"""The reference: a segmentation student distilled from a larger teacher, its encoder progressively unfrozen."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from unfreeze_sched.distill.loss import DistillationLoss
+    from unfreeze_sched.distill.wrapper import DistillationUNetWrapper
+
+__all__ = ["DistillationLoss", "DistillationUNetWrapper"]
+
+_MODULES = {"DistillationLoss": "loss", "DistillationUNetWrapper": "wrapper"}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        module = import_module(f"{__name__}.{_MODULES[name]}")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"`{name}` needs {error.name}, which is not installed; pip install 'unfreeze-sched[distill]'",
+            name=error.name,
+        ) from error
+    return getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

