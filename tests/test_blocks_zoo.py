@@ -71,7 +71,8 @@ def first_calls(case: Case) -> dict[nn.Parameter, int]:
         for parameter in module.parameters(recurse=False):
             calls.setdefault(parameter, len(calls))
 
-    leaves = [module for module in case.model.modules() if not any(True for _ in module.children())]
+    # Layers, padding or activation of their own included; a module above layers runs longer than its parameters' use.
+    leaves = [m for m in case.model.modules() if not any(True for child in m.children() for _ in child.parameters())]
     hooks = [module.register_forward_pre_hook(note) for module in leaves]
     with torch.no_grad():
         run(case)

@@ -13,56 +13,19 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
+
+from unfreeze_sched.distill.files import IGNORE_INDEX, DataError, File, Pair, mask_indices, pairs_of, read_pair
 
 CLASS_NAMES = ("background", "animal", "food", "vehicle", "face")
 """The embedded sample's classes, by index."""
 
-IGNORE_INDEX = 255
-"""The mask value of pixels without a truth: no loss, no metric."""
-
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-_MASK_MODES = ("L", "P", "1", "I;16", "I")
-_NAMED = 5  # file names in one error text
-
 Triple = tuple[float, float, float]
-
-
-class DataError(ValueError):
-    """The images or masks cannot be used; one line says what, and one fix."""
-
-
-@dataclass(frozen=True)
-class File:
-    """An image file.
-
-    Attributes:
-        label: its name in error texts.
-        source: its path, or its bytes.
-    """
-
-    label: str
-    source: Path | bytes
-
-
-@dataclass(frozen=True)
-class Pair:
-    """An image and its mask.
-
-    Attributes:
-        name: the stem both share.
-        image: the image's file.
-        mask: the mask's file.
-    """
-
-    name: str
-    image: File
-    mask: File
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,14 +168,7 @@ class SegmentationData(Dataset[tuple[Tensor, Tensor]]):
         return EpochView(self, tuple(order.tolist()), tuple(flips.tolist()), tuple(map(tuple, factors.tolist())))
 
     def _decoded(self, pair: Pair) -> tuple[Tensor, Tensor]:
-        image = _opened(pair.image)
-        indices = _mask_indices(pair.mask)
-        if image.size != indices.shape[::-1]:
-            raise DataError(
-                f"{pair.mask.label} must have its image's size {_by(*image.size)}, got {_by(*indices.shape[::-1])}; "
-                "export the mask at the image's resolution",
-            )
-        _check_indices(pair.mask, indices, self.classes)
+        image, indices = read_pair(pair, self.classes)
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
         box, size = (left, top, left + side, top + side), (self.image_size, self.image_size)
@@ -349,24 +305,7 @@ def load_folder(
         (('a',), 2)
     """
     _check_size(image_size)
-    folder = Path(path)
-    for part in ("images", "masks"):
-        if not (folder / part).is_dir():
-            raise DataError(f"{folder / part} must be a folder, got none; the data is DIR with images/ and masks/")
-    images = _by_stem(folder / "images", _IMAGE_SUFFIXES)
-    masks = _by_stem(folder / "masks", (".png",))
-    if not images:
-        raise DataError(f"{folder / 'images'} must hold an image, got none; {', '.join(_IMAGE_SUFFIXES)} are read")
-    if bare := [file.name for stem, file in images.items() if stem not in masks]:
-        raise DataError(f"each image must have a mask, got none for {_listed(bare)}; add masks/STEM.png")
-    if lone := [file.name for stem, file in masks.items() if stem not in images]:
-        raise DataError(
-            f"each mask must have an image, got none for {_listed(lone)}; add the images or remove the masks"
-        )
-    pairs = tuple(
-        Pair(stem, File(f"images/{images[stem].name}", images[stem]), File(f"masks/{masks[stem].name}", masks[stem]))
-        for stem in sorted(images)
-    )
+    pairs = pairs_of(Path(path))
     return SegmentationData(pairs, _class_names(classes, pairs), image_size, mean, std, {} if cache else None)
 
 
@@ -375,23 +314,9 @@ def _check_size(image_size: int) -> None:
         raise DataError(f"`image_size` must be 1 or more, got {image_size}; encoders mostly want a multiple of 32")
 
 
-def _by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
-    """The folder's files of these kinds; two of one stem would make the pairing a guess."""
-    files: dict[str, Path] = {}
-    for file in sorted(folder.iterdir()):
-        if file.suffix.lower() not in suffixes or file.name.startswith("."):
-            continue
-        if file.stem in files:
-            raise DataError(
-                f"{folder} must hold one file per stem, got {files[file.stem].name} and {file.name}; rename one",
-            )
-        files[file.stem] = file
-    return files
-
-
 def _class_names(classes: int | Sequence[str] | None, pairs: tuple[Pair, ...]) -> tuple[str, ...]:
     if classes is None:
-        found = (indices[indices != IGNORE_INDEX] for indices in map(_mask_indices, (pair.mask for pair in pairs)))
+        found = (indices[indices != IGNORE_INDEX] for indices in map(mask_indices, (pair.mask for pair in pairs)))
         classes = max((int(indices.max()) + 1 for indices in found if indices.size), default=0)
         if not classes:
             raise DataError("the masks must hold a class, got only 255, which is ignored; write indices 0, 1, ...")
@@ -400,45 +325,3 @@ def _class_names(classes: int | Sequence[str] | None, pairs: tuple[Pair, ...]) -
         count = classes if isinstance(classes, int) else len(names)
         raise DataError(f"`classes` must be from 1 to 255, got {count}; the background counts as one")
     return names
-
-
-def _opened(file: File) -> Image.Image:
-    """The file, decoded to the end, the right way up."""
-    try:
-        with Image.open(io.BytesIO(file.source) if isinstance(file.source, bytes) else file.source) as image:
-            image.load()
-            return ImageOps.exif_transpose(image)
-    except UnidentifiedImageError:
-        reason = "an unknown format"
-    except (OSError, SyntaxError, ValueError) as error:
-        reason = str(error)
-    raise DataError(f"{file.label} must be a readable image, got: {reason}; export it anew, or remove it with its pair")
-
-
-def _mask_indices(file: File) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
-    """A mask's values, of shape (H, W)."""
-    mask = _opened(file)
-    if mask.mode not in _MASK_MODES:
-        raise DataError(
-            f"{file.label} must be a class-index mask of one band, got mode {mask.mode}; "
-            "map its colours to indices 0, 1, ... and save it in mode L",
-        )
-    return np.asarray(mask).astype(np.int64)
-
-
-def _check_indices(file: File, indices: np.ndarray[tuple[int, ...], np.dtype[np.int64]], classes: int) -> None:
-    wrong = indices[(indices >= classes) & (indices != IGNORE_INDEX) | (indices < 0)]
-    if wrong.size:
-        raise DataError(
-            f"{file.label} must hold class indices 0 to {classes - 1}, or 255 to ignore, got {int(wrong.max())}; "
-            "set `classes` to cover it, or map it",
-        )
-
-
-def _by(width: int, height: int) -> str:
-    return f"{width} x {height}"
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more
