@@ -12,14 +12,15 @@ import pytest
 import unfreeze_sched
 
 ROOT = Path(unfreeze_sched.__file__).parent
-CORE = ["_fields", "presets", "schedule", "blocks", "tracing", "freezing", "lr_schedulers", "rebuilder", "unfreezer"]
+CORE = ["_fields", "presets", "schedule", "tracing", "partition", "blocks", "freezing", "lr_schedulers", "rebuilder", "unfreezer"]
 # What each module of the core may import of this package; the order of CORE, and no more.
 ALLOWED = {
     "_fields": set(),
     "presets": {"_fields"},
     "schedule": {"_fields", "presets"},
     "tracing": set(),
-    "blocks": {"tracing"},
+    "partition": {"tracing"},
+    "blocks": {"partition", "tracing"},
     "freezing": {"blocks"},
     "lr_schedulers": set(),
     "rebuilder": {"_fields", "blocks", "lr_schedulers"},

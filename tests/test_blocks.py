@@ -21,6 +21,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
 
 import unfreeze_sched.blocks
+import unfreeze_sched.partition
 import unfreeze_sched.tracing
 from unfreeze_sched.blocks import Block, encoder_blocks, validate_blocks
 
@@ -892,7 +893,7 @@ def test_no_architecture_is_named() -> None:
     families = {word for name in registered for word in re.findall(r"[a-z]{4,}", name.lower())[:1]}
     families -= {"base", "next"}  # English words too
     assert {"resnet", "efficientnet", "swin", "densenet", "convnext", "regnet"} <= families
-    for module in (unfreeze_sched.blocks, unfreeze_sched.tracing):
+    for module in (unfreeze_sched.blocks, unfreeze_sched.partition, unfreeze_sched.tracing):
         assert module.__file__ is not None
         found = words_in_code(Path(module.__file__)) & families
         assert not found, f"{module.__name__} names {found}"

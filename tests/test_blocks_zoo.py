@@ -352,10 +352,12 @@ def drawn(names: Sequence[str], count: int) -> list[str]:
     return random.Random(SEED).sample(sorted(names), count)  # noqa: S311  # a fixed seed, not a secret
 
 
-@pytest.mark.parametrize("name", drawn(list(smp.encoders.encoders), 4))
-def test_drawn_smp_encoders(name: str) -> None:
-    """What holds for the listed encoders holds for any of smp's."""
-    check(segmenter(name), None)
+def test_drawn_smp_encoders() -> None:
+    """What holds for the listed encoders holds for any of smp's; the first few drawn that are small enough to run."""
+    cases = ((name, segmenter(name)) for name in drawn(list(smp.encoders.encoders), 30))
+    small = (item for item in cases if sum(parameter.numel() for parameter in item[1].encoder) < 12_000_000)
+    for name, case in itertools.islice(small, 3):
+        assert faults(case, encoder_blocks(case.model)) == [], name
 
 
 def test_drawn_timm_models() -> None:
