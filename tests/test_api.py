@@ -12,7 +12,18 @@ import pytest
 import unfreeze_sched
 
 ROOT = Path(unfreeze_sched.__file__).parent
-CORE = ["_fields", "presets", "schedule", "tracing", "partition", "blocks", "freezing", "lr_schedulers", "rebuilder", "unfreezer"]
+CORE = [
+    "_fields",
+    "presets",
+    "schedule",
+    "tracing",
+    "partition",
+    "blocks",
+    "freezing",
+    "lr_schedulers",
+    "rebuilder",
+    "unfreezer",
+]
 # What each module of the core may import of this package; the order of CORE, and no more.
 ALLOWED = {
     "_fields": set(),

@@ -222,6 +222,15 @@ def test_norms_can_be_left_alone() -> None:
     assert all(module.training for module in net.modules())
 
 
+def test_norms_can_stay_frozen() -> None:
+    """`norms="frozen"` keeps the norms of joined blocks in evaluation, while their weights train."""
+    net, _, unfreezer = make(norms="frozen")
+    unfreezer.apply(5)
+    net.train()
+    assert not any(m.training for m in net.modules() if isinstance(m, nn.LayerNorm))
+    assert all(p.requires_grad for p in net.parameters())
+
+
 def test_the_preset_gives_the_scale() -> None:
     """Without `learning_rate_scale` the preset's counts, with it the argument."""
     schedule = RATE.replace(preset=RATE.preset.replace(learning_rate_scale=0.25))
@@ -275,7 +284,7 @@ def test_nothing_to_do_is_cheap_at_any_size() -> None:
     [
         ({"schedule": [0, 1]}, TypeError, r"`schedule` must be an UnfreezeSchedule, got list; make one"),
         ({"schedule": RATE.replace(total_blocks=2)}, ValueError, r"`schedule` must be for the 3 blocks given, got total_blocks=2; pass"),
-        ({"norms": "frozen"}, ValueError, r"`norms` must be one of eval, train, got 'frozen'; 'eval' is the default"),
+        ({"norms": "cold"}, ValueError, r"`norms` must be one of eval, frozen, train, got 'cold'; 'eval' is the default"),
     ],
 )  # fmt: skip
 def test_wrong_arguments(keywords: Any, error: type[Exception], message: str) -> None:
@@ -323,9 +332,39 @@ def test_resuming_equals_going_on(at: int, schedule: UnfreezeSchedule, make_sche
     assert differences(resumed, run) == []
 
 
+def test_function_lambdas_survive_a_resume() -> None:
+    """A LambdaLR saves no functions; replaying the groups first gives the loaded one a function for each group (trap 24)."""
+
+    def halve(epoch: int) -> float:
+        return 0.5**epoch
+
+    def step_both(optimizer: torch.optim.Optimizer, scheduler: lr_scheduler.LambdaLR) -> list[float]:
+        optimizer.step()
+        scheduler.step()
+        return [group["lr"] for group in optimizer.param_groups]
+
+    runs = []
+    for _ in range(2):
+        net = Net()
+        optimizer = torch.optim.AdamW(net.head.parameters(), lr=0.5)
+        scheduler = lr_scheduler.LambdaLR(optimizer, halve)
+        runs.append((optimizer, scheduler, ProgressiveUnfreezer(net.make_blocks(), optimizer, RATE, [scheduler])))
+    optimizer, scheduler, unfreezer = runs[0]
+    step_both(optimizer, scheduler)
+    unfreezer.apply(3)
+    step_both(optimizer, scheduler)
+    saved = copy.deepcopy((unfreezer.state_dict(), scheduler.state_dict(), optimizer.state_dict()))
+    assert saved[1]["lr_lambdas"] == [None, None, None]
+    resumed_optimizer, resumed_scheduler, resumed_unfreezer = runs[1]
+    resumed_unfreezer.load_state_dict(saved[0])
+    resumed_scheduler.load_state_dict(saved[1])
+    resumed_optimizer.load_state_dict(saved[2])
+    assert step_both(resumed_optimizer, resumed_scheduler) == step_both(optimizer, scheduler)
+
+
 def test_a_state_of_something_else_is_refused() -> None:
     """A state of another schedule, another model or another order of blocks says what differs, and changes nothing."""
-    net, optimizer, unfreezer = make()
+    net, _optimizer, unfreezer = make()
     unfreezer.apply(5)
     saved = unfreezer.state_dict()
     other, other_optimizer, other_unfreezer = make(RATE.replace(total_epochs=9))
@@ -366,7 +405,7 @@ def test_no_state_at_all(state: Any, error: type[Exception], message: str) -> No
 
 def test_rebuilder_and_unfreezer_agree() -> None:
     """A hand-driven `sync` after the same flags gives the groups that `apply` gives."""
-    net, optimizer, unfreezer = make(layer_decay=0.5)
+    _net, optimizer, unfreezer = make(layer_decay=0.5)
     unfreezer.apply(5)
     other = Net()
     other_optimizer = torch.optim.AdamW(other.head.parameters(), lr=0.5)

@@ -10,23 +10,17 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from unfreeze_sched.blocks import Block
 
-Norms = Literal["eval", "train"]
+Norms = Literal["eval", "frozen", "train"]
 
 # Buffers that a forward pass in training mode writes, whether or not a gradient flows: running statistics, and the
 # vectors of spectral norm's power iteration (as a parametrization, and as the older hook).
 _WRITTEN_IN_TRAINING = frozenset({"running_mean", "running_var", "_u", "weight_u"})
 
 
-def freeze(block: Block, norms: Norms = "eval") -> None:
-    """Freeze a block, so that no step of any optimizer and no forward pass changes it; idempotent.
-
-    Args:
-        block: The block.
-        norms: `"eval"` holds the block's norm layers in evaluation mode, `"train"` leaves their mode alone.
-    """
+def freeze(block: Block) -> None:
+    """Freeze a block, so that no step of any optimizer and no forward pass changes it; idempotent."""
     drop_gradients(set_requires_grad(block.parameters(), requires_grad=False))
-    if norms == "eval":
-        hold_in_eval(norms_of(block))
+    hold_in_eval(norms_of(block))
 
 
 def unfreeze(block: Block) -> None:

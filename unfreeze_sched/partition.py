@@ -1,9 +1,9 @@
 """An encoder divided into pieces by its structure, never by a model's name.
 
 One forward pass on a copy without data (`tracing`) tells which parameters receive a gradient and in which order they
-are used. The stages are the repeated children (`layer1`, `layer2`, ...) of the node that holds most of the encoder; every
-other parameter goes to the stage that ran last before it, and what comes before the first stage, the stem, goes to the
-first.
+are used. The stages are the repeated children (`layer1`, `layer2`, ...) of the node that holds most of the encoder;
+every other parameter goes to the stage that ran last before it, and what comes before the first stage, the stem, goes
+to the first.
 """
 
 from __future__ import annotations

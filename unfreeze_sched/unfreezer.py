@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 from torch.optim import Optimizer
 
@@ -30,8 +30,9 @@ class ProgressiveUnfreezer:
         template: 0-based index of the group that joining groups clone.
         on_refreeze: `"keep"` or `"drop"`.
         membership: `"late"` or `"declared"`.
-        norms: `"eval"` holds the norm layers of frozen blocks in evaluation mode, even after `model.train()`; `"train"`
-            leaves their mode alone.
+        norms: `"eval"` holds the norm layers of frozen blocks in evaluation mode, even after `model.train()`;
+            `"frozen"` holds them there after their block joined, too, so that the pretrained statistics stay, which
+            suits small batches; `"train"` leaves their mode alone.
 
     Raises:
         TypeError: An argument of the wrong type.
@@ -66,8 +67,10 @@ class ProgressiveUnfreezer:
     ) -> None:
         if not isinstance(schedule, UnfreezeSchedule):
             raise TypeError(f"`schedule` must be an UnfreezeSchedule, got {type(schedule).__name__}; make one")
-        if norms not in {"eval", "train"}:
-            raise ValueError(f"`norms` must be one of eval, train, got {norms!r}; 'eval' is the default")
+        if norms not in get_args(Norms):
+            raise ValueError(
+                f"`norms` must be one of {', '.join(get_args(Norms))}, got {norms!r}; 'eval' is the default"
+            )
         scale = schedule.preset.learning_rate_scale if learning_rate_scale is None else learning_rate_scale
         blocks = tuple(blocks)
         if len(blocks) != schedule.total_blocks:
@@ -181,10 +184,10 @@ class ProgressiveUnfreezer:
             raise
         drop_gradients(flipped)
         for trainable, index in changed:
-            if trainable:
-                release(self._norms[index])
-            elif self.norms == "eval":
+            if self.norms == "frozen" or (self.norms == "eval" and not trainable):
                 hold_in_eval(self._norms[index])
+            else:
+                release(self._norms[index])
         self._applied, self._seen_groups, self._seen_length = (number, peak), groups, len(groups)
         return change
 

@@ -73,6 +73,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--learning-rate-scale", type=_number(1.0), metavar="X", help="blocks' learning rate over the head's, in (0, 1]"
     )
     unfreezing.add_argument(
+        "--norms",
+        choices=["eval", "frozen", "train"],
+        default="eval",
+        help="norm layers: in evaluation while their block is frozen (eval, the default), for good (frozen), or never",
+    )
+    unfreezing.add_argument(
         "--compare-frozen",
         action="store_true",
         help="also train the same student with its encoder frozen, equally long",

@@ -136,7 +136,9 @@ def _train_teacher(
     blocks = encoder_blocks(unet)
     settings = replace(settings, epochs=args.teacher_epochs or settings.epochs)
     schedule = _constant(len(blocks), len(blocks))
-    arm = Arm("teacher", unet, imitating(unet), blocks, schedule, _TEACHER_SCALE, DistillationLoss(alpha=0.0))
+    arm = Arm(
+        "teacher", unet, imitating(unet), blocks, schedule, _TEACHER_SCALE, args.norms, DistillationLoss(alpha=0.0)
+    )
     (output / arm.name).mkdir()
     teller.begin(arm.name, settings.epochs, training, settings)
     record = train(arm, training, validation, settings, output / arm.name, teller)[-1]
@@ -165,7 +167,7 @@ def _student(
     else:
         schedule = UnfreezeSchedule(preset=preset, total_blocks=len(blocks), total_epochs=settings.epochs)
         scale = preset.learning_rate_scale
-    return Arm("student", wrapper.student, wrapper, blocks, schedule, scale, DistillationLoss()), schedule
+    return Arm("student", wrapper.student, wrapper, blocks, schedule, scale, args.norms, DistillationLoss()), schedule
 
 
 def _constant(number: int, total: int) -> UnfreezeSchedule:

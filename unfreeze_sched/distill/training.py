@@ -18,6 +18,7 @@ from unfreeze_sched.distill.data import SegmentationData, epoch_generator
 from unfreeze_sched.distill.loss import DistillationLoss
 from unfreeze_sched.distill.memory import saved_for_backward
 from unfreeze_sched.distill.metrics import confusion_matrix, mean_iou
+from unfreeze_sched.freezing import Norms
 from unfreeze_sched.rebuilder import BLOCK_KEY
 
 Forward = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -53,6 +54,7 @@ class Arm:
         blocks: Of its encoder, shallow to deep.
         schedule: When they are unfrozen.
         learning_rate_scale: Of the blocks' learning rates to the head's.
+        norms: As for `ProgressiveUnfreezer`.
         loss: Of logits, logits to imitate, and masks.
     """
 
@@ -62,6 +64,7 @@ class Arm:
     blocks: tuple[Block, ...]
     schedule: UnfreezeSchedule
     learning_rate_scale: float
+    norms: Norms
     loss: DistillationLoss
 
 
@@ -149,7 +152,12 @@ def train(
     optimizer = torch.optim.AdamW(arm.unet.get_decoder_parameters(), lr=settings.lr)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.epochs * steps)
     unfreezer = ProgressiveUnfreezer(
-        arm.blocks, optimizer, arm.schedule, [scheduler], learning_rate_scale=arm.learning_rate_scale
+        arm.blocks,
+        optimizer,
+        arm.schedule,
+        [scheduler],
+        learning_rate_scale=arm.learning_rate_scale,
+        norms=arm.norms,
     )
     records: list[EpochRecord] = []
     for epoch in range(settings.epochs):
