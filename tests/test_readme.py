@@ -65,7 +65,7 @@ def test_the_run_command_parses() -> None:
     words = shlex.split(first.split("&&")[-1])
     assert words[0] == ".venv/bin/unfreeze-sched"
     args = make_parser().parse_args(words[1:])
-    assert (args.unfreeze_start, args.compare_frozen) == (2, True)
+    assert (args.unfreeze_start, args.compare_frozen) == (1, True)
 
 
 def test_the_epoch_row() -> None:
