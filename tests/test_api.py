@@ -21,6 +21,9 @@ CORE = [
     "blocks",
     "freezing",
     "lr_schedulers",
+    "optimizers",
+    "parts",
+    "warmup",
     "rebuilder",
     "unfreezer",
 ]
@@ -34,8 +37,11 @@ ALLOWED = {
     "blocks": {"partition", "tracing"},
     "freezing": {"blocks"},
     "lr_schedulers": set(),
-    "rebuilder": {"_fields", "blocks", "lr_schedulers"},
-    "unfreezer": {"_fields", "blocks", "freezing", "rebuilder", "schedule"},
+    "optimizers": set(),
+    "parts": {"blocks"},
+    "warmup": set(),
+    "rebuilder": {"_fields", "blocks", "lr_schedulers", "optimizers", "parts", "warmup"},
+    "unfreezer": {"_fields", "blocks", "freezing", "parts", "rebuilder", "schedule"},
 }
 
 

@@ -4,19 +4,24 @@ A scheduler keeps, for each param group, a *row*: entries of lists such as `base
 `initial_lr`. A joining group gets the row of its template. Where the group's learning rate is to be `ratio` times the
 template's, the row's rates are multiplied by it; the rest, momenta and functions, is copied. From then on the scheduler
 computes for the new group what it would have computed had the group been there from the start, since its formulas are
-homogeneous in the row's rates. An absolute floor (`eta_min`) is the exception: there the *distance* from the floor is
-what scales.
+homogeneous in the row's rates.
+
+An absolute floor, such as `eta_min`, is the exception. Under one cosine it is the *distance* from the floor that
+scales; where the rate depends on what several schedulers did to it in the past, no late row is exact, and the join is
+refused.
+Before the first step nothing has happened yet, and every join is exact.
 """
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from torch.optim import Optimizer, lr_scheduler
-from torch.optim.swa_utils import SWALR
+from torch.optim import Optimizer
 
 Rate = float | Tensor
 RateMap = Callable[[Rate], Rate]
@@ -24,32 +29,56 @@ RateMap = Callable[[Rate], Rate]
 
 @dataclass(frozen=True)
 class _Row:
-    """What a class of schedulers keeps for each group beside `base_lrs`, `_last_lr` and the key `initial_lr`."""
+    """What a class of schedulers keeps for each group, beside the lists `base_lrs` and `_last_lr` where it has them.
+
+    Attributes:
+        scaled_lists: Lists with a rate for each group.
+        copied_lists: Lists with something else for each group.
+        scaled_keys: Keys of the group that hold rates.
+        floors: Attributes that hold absolute rates; 0 where they play no part.
+        restarts: Whether its rates follow from the row alone once it takes over in a sequence.
+    """
 
     scaled_lists: tuple[str, ...] = ()
     copied_lists: tuple[str, ...] = ()
-    scaled_keys: tuple[str, ...] = ()
-    floor: str | None = None
+    scaled_keys: tuple[str, ...] = ("initial_lr",)
+    floors: tuple[str, ...] = ()
+    restarts: bool = True
 
 
-# By exact class: a subclass may compute something else, and a guess would be silently wrong.
-_ROWS: dict[type, _Row] = {
-    lr_scheduler.LambdaLR: _Row(copied_lists=("lr_lambdas",)),
-    lr_scheduler.MultiplicativeLR: _Row(copied_lists=("lr_lambdas",)),
-    lr_scheduler.StepLR: _Row(),
-    lr_scheduler.MultiStepLR: _Row(),
-    lr_scheduler.ConstantLR: _Row(),
-    lr_scheduler.LinearLR: _Row(),
-    lr_scheduler.ExponentialLR: _Row(),
-    lr_scheduler.PolynomialLR: _Row(),
-    lr_scheduler.CosineAnnealingLR: _Row(floor="eta_min"),
-    lr_scheduler.CosineAnnealingWarmRestarts: _Row(floor="eta_min"),
-    lr_scheduler.OneCycleLR: _Row(scaled_keys=("max_lr", "min_lr")),
-    lr_scheduler.CyclicLR: _Row(scaled_lists=("max_lrs",), copied_lists=("base_momentums", "max_momentums")),
-    SWALR: _Row(scaled_keys=("swa_lr",)),
+_TIMM = _Row(scaled_lists=("base_values", "warmup_steps", "restore_lr"), floors=("lr_min", "warmup_lr_init"))
+
+# By exact class, since a subclass may compute something else and a guess would be silently wrong; and by name, since
+# timm is not imported for it.
+_ROWS = {
+    "torch.optim.lr_scheduler.LambdaLR": _Row(copied_lists=("lr_lambdas",)),
+    "torch.optim.lr_scheduler.MultiplicativeLR": _Row(copied_lists=("lr_lambdas",), restarts=False),
+    "torch.optim.lr_scheduler.StepLR": _Row(),
+    "torch.optim.lr_scheduler.MultiStepLR": _Row(),
+    "torch.optim.lr_scheduler.ConstantLR": _Row(),
+    "torch.optim.lr_scheduler.LinearLR": _Row(),
+    "torch.optim.lr_scheduler.ExponentialLR": _Row(),
+    "torch.optim.lr_scheduler.PolynomialLR": _Row(),
+    "torch.optim.lr_scheduler.CosineAnnealingLR": _Row(floors=("eta_min",)),
+    "torch.optim.lr_scheduler.CosineAnnealingWarmRestarts": _Row(floors=("eta_min",)),
+    "torch.optim.lr_scheduler.OneCycleLR": _Row(scaled_keys=("initial_lr", "max_lr", "min_lr")),
+    "torch.optim.lr_scheduler.CyclicLR": _Row(
+        scaled_lists=("max_lrs",), copied_lists=("base_momentums", "max_momentums")
+    ),
+    "torch.optim.lr_scheduler.ReduceLROnPlateau": _Row(copied_lists=("min_lrs",), scaled_keys=(), restarts=False),
+    "torch.optim.swa_utils.SWALR": _Row(scaled_keys=("initial_lr", "swa_lr"), restarts=False),
+    "timm.scheduler.cosine_lr.CosineLRScheduler": _TIMM,
+    "timm.scheduler.multistep_lr.MultiStepLRScheduler": _TIMM,
+    "timm.scheduler.plateau_lr.PlateauLRScheduler": _TIMM,
+    "timm.scheduler.poly_lr.PolyLRScheduler": _TIMM,
+    "timm.scheduler.step_lr.StepLRScheduler": _TIMM,
+    "timm.scheduler.tanh_lr.TanhLRScheduler": _TIMM,
+    "timm.scheduler.wsd_lr.WSDLRScheduler": _TIMM,
 }
-_COMPOSITES = (lr_scheduler.SequentialLR, lr_scheduler.ChainedScheduler)
-_DECLARED = "pass membership='declared' and make the rebuilder before the scheduler"
+_SEQUENTIAL = "torch.optim.lr_scheduler.SequentialLR"
+_CHAINED = "torch.optim.lr_scheduler.ChainedScheduler"
+_PLATEAU = "torch.optim.lr_scheduler.ReduceLROnPlateau"
+_DECLARED = "pass membership='declared', with the rebuilder made before the scheduler's first step"
 
 
 def refuse_unknown(schedulers: Sequence[Any], optimizer: Optimizer) -> None:
@@ -66,26 +95,30 @@ def refuse_unknown(schedulers: Sequence[Any], optimizer: Optimizer) -> None:
                 "make the scheduler from the optimizer that is passed here"
             )
         for leaf in _leaves(scheduler):
-            if type(leaf) not in _ROWS:
+            if _name(leaf) not in _ROWS:
                 raise TypeError(
-                    f"`lr_schedulers` must be of known classes, got {type(leaf).__module__}.{type(leaf).__qualname__}; "
-                    + _DECLARED
+                    f"`lr_schedulers` must be of known classes, got {_name(leaf)}; pass membership='declared' and make "
+                    "the rebuilder before the scheduler, which then is not passed"
                 )
 
 
 def is_driven(optimizer: Optimizer) -> bool:
-    """Whether some LR scheduler left its marks: a wrapped `step`, or `initial_lr` in a group."""
+    """Whether some LR scheduler left its marks: a wrapped `step`, or `initial_lr` in a group.
+
+    Plateau schedulers leave none.
+    """
     return hasattr(optimizer.step, "_wrapped_by_lr_sched") or any(
         "initial_lr" in group for group in optimizer.param_groups
     )
 
 
-def plan_rate(schedulers: Sequence[Any], index: int, ratio: float) -> RateMap:
-    """The map from the template's learning rate to the joining group's, now and at every later step.
+def plan_rate(schedulers: Sequence[Any], template: dict[str, Any], index: int, ratio: float) -> RateMap:
+    """The map from the template's present learning rate to the joining group's.
 
     Args:
         schedulers: Those of the optimizer, all known.
-        index: 0-based place of the template among the optimizer's groups.
+        template: The live group that is cloned.
+        index: Its 0-based place among the optimizer's groups.
         ratio: Learning rate of the joining group over that of the template, in (0, 1].
 
     Raises:
@@ -94,18 +127,17 @@ def plan_rate(schedulers: Sequence[Any], index: int, ratio: float) -> RateMap:
     if ratio == 1:
         return _copied
     leaves = [leaf for scheduler in schedulers for leaf in _leaves(scheduler)]
-    floored = next((leaf for leaf in leaves if _floor(leaf)), None)
-    if floored is None or all(leaf.last_epoch == 0 for leaf in leaves):
-        return lambda rate: rate * ratio
-    floor, base = _floor(floored), floored.base_lrs[index]
-    if len(leaves) > 1 or base == floor:
-        raise ValueError(
-            f"`learning_rate_scale` must be 1 to join late under a {type(floored).__name__} with a floor of {floor} "
-            f"beside other schedulers or at its floor, got {ratio}; {_DECLARED}"
-        )
-    # Both groups' distances from the floor go through the same factors, so their quotient stays what it was at first.
-    quotient = (base * ratio - floor) / (base - floor)
-    return lambda rate: floor + (rate - floor) * quotient
+    if all(_is_fresh(leaf, template, index, ratio) for leaf in leaves):
+        # timm's warm-up starts every group from one and the same rate.
+        return _copied if any(_warms_up_from(leaf) for leaf in leaves) else _times(ratio)
+    for leaf in leaves:
+        if _name(leaf) == _PLATEAU and not _is_above_floor(leaf, index, float(template["lr"]) * ratio):
+            raise ValueError(_refusal(leaf, leaf.min_lrs[index], ratio))
+    floored = [leaf for scheduler in schedulers for leaf in _heard(scheduler) if _floor(leaf)]
+    course = _course(schedulers[0], index, ratio) if len(schedulers) == 1 else None
+    if floored and course is None:
+        raise ValueError(_refusal(floored[0], _floor(floored[0]), ratio))
+    return course or _times(ratio)
 
 
 def join(scheduler: Any, groups: int, index: int, ratio: float, rate: RateMap) -> None:
@@ -119,23 +151,31 @@ def join(scheduler: Any, groups: int, index: int, ratio: float, rate: RateMap) -
         rate: What `plan_rate` gave for them.
     """
     for part in _parts(scheduler):
-        row = _ROWS.get(type(part), _Row())
-        changes: dict[str, Callable[[Any], Any]] = {
-            **dict.fromkeys(("base_lrs", *row.scaled_lists), lambda value: value * ratio),
-            **dict.fromkeys(row.copied_lists, lambda value: value),
-            "_last_lr": rate,
+        row = _ROWS.get(_name(part), _Row())
+        if row is _TIMM:
+            scaled = ("base_values", "restore_lr", *(("warmup_steps",) if part.warmup_t else ()))
+            copied: tuple[str, ...] = () if part.warmup_t else ("warmup_steps",)
+        else:
+            scaled, copied = ("base_lrs", *row.scaled_lists), row.copied_lists
+        own = rate if part is scheduler else _course(part, index, ratio) or _times(ratio)
+        changes: dict[str, RateMap] = {
+            **dict.fromkeys(scaled, _times(ratio)),
+            **dict.fromkeys(copied, lambda value: value),
+            "_last_lr": own,
         }
         for name, change in changes.items():
             values = getattr(part, name, None)
             # The length tells a list that was extended already: a composite's `_last_lr` may be its child's.
             if values is not None and len(values) < groups:
                 values.append(change(values[index]))
+        if row is _TIMM and part.warmup_t and ratio != 1:
+            part.warmup_steps[-1] = _warmup_step(part)
 
 
 def leave(scheduler: Any, groups: int) -> None:
     """Take back what `join` gave for groups from the 0-based place `groups` on."""
     for part in _parts(scheduler):
-        row = _ROWS.get(type(part), _Row())
+        row = _ROWS.get(_name(part), _Row())
         for name in ("base_lrs", "_last_lr", *row.scaled_lists, *row.copied_lists):
             values = getattr(part, name, None)
             if values is not None:
@@ -144,28 +184,138 @@ def leave(scheduler: Any, groups: int) -> None:
 
 def scaled_keys(schedulers: Sequence[Any]) -> tuple[str, ...]:
     """The keys of a group that hold rates of the schedulers' rows, to be multiplied by the ratio."""
-    keys = {"initial_lr": None}
+    keys: dict[str, None] = {}
     for scheduler in schedulers:
         for leaf in _leaves(scheduler):
-            keys.update(dict.fromkeys(_ROWS[type(leaf)].scaled_keys))
+            keys.update(dict.fromkeys(_ROWS[_name(leaf)].scaled_keys))
     return tuple(keys)
+
+
+# --- maps of rates
 
 
 def _copied(rate: Rate) -> Rate:
     return rate.clone() if isinstance(rate, Tensor) else rate
 
 
+def _times(ratio: float) -> RateMap:
+    return lambda rate: rate * ratio
+
+
+def _course(scheduler: Any, index: int, ratio: float) -> RateMap | None:
+    """The map between the two groups' rates along a scheduler's own course, None where that depends on the past."""
+    if ratio == 1:
+        return _copied
+    if not any(_floor(leaf) for leaf in _heard(scheduler)):
+        return _times(ratio)
+    leaf = _driver(scheduler)
+    if leaf is None or _ROWS[_name(leaf)] is _TIMM:
+        return None
+    floor, base = _floor(leaf), leaf.base_lrs[index]
+    if not floor or leaf.last_epoch <= 0:
+        return _times(ratio)
+    if base == floor:  # the template stands still, and tells nothing of how far the cosine is
+        elapsed, period = (leaf.T_cur, leaf.T_i) if hasattr(leaf, "T_cur") else (leaf.last_epoch, leaf.T_max)
+        share = (1 + math.cos(math.pi * elapsed / period)) / 2
+        return lambda rate: rate * 0 + (floor + (base * ratio - floor) * share)
+    # Both groups' distances from the floor go through the same factors, so their quotient stays what it was at first.
+    quotient = (base * ratio - floor) / (base - floor)
+    return lambda rate: floor + (rate - floor) * quotient
+
+
+def _driver(scheduler: Any) -> Any | None:
+    """The scheduler whose own course the rate follows now, None where it is a product of several."""
+    if _name(scheduler) == _SEQUENTIAL:
+        place = _place(scheduler)
+        child = scheduler._schedulers[place]  # noqa: SLF001  # torch has no public name for them
+        restarts = place == 0 or (_name(child) in _ROWS and _ROWS[_name(child)].restarts)
+        return _driver(child) if restarts else None
+    if _name(scheduler) == _CHAINED:
+        children = scheduler._schedulers  # noqa: SLF001  # likewise
+        return _driver(children[0]) if len(children) == 1 else None
+    return scheduler
+
+
+def _heard(scheduler: Any) -> Iterator[Any]:
+    """The leaves that may have had a say in the present rate: in a sequence, those up to the present one."""
+    if _name(scheduler) == _SEQUENTIAL:
+        place = _place(scheduler)
+        child = scheduler._schedulers[place]  # noqa: SLF001  # torch has no public name for them
+        alone = place and _name(child) in _ROWS and _ROWS[_name(child)].restarts
+        for part in [child] if alone else scheduler._schedulers[: place + 1]:  # noqa: SLF001  # likewise
+            yield from _heard(part)
+    elif _name(scheduler) == _CHAINED:
+        for part in scheduler._schedulers:  # noqa: SLF001  # likewise
+            yield from _heard(part)
+    else:
+        yield scheduler
+
+
+# --- what is known of a scheduler
+
+
+def _name(scheduler: Any) -> str:
+    return f"{type(scheduler).__module__}.{type(scheduler).__qualname__}"
+
+
+def _place(sequential: Any) -> int:
+    return bisect_right(sequential._milestones, sequential.last_epoch)  # noqa: SLF001  # torch has no public name
+
+
 def _floor(leaf: Any) -> float:
-    name = _ROWS[type(leaf)].floor
-    return 0.0 if name is None else getattr(leaf, name)
+    if _ROWS[_name(leaf)] is _TIMM:
+        return getattr(leaf, "lr_min", 0.0) or _warms_up_from(leaf)
+    return next((getattr(leaf, name) for name in _ROWS[_name(leaf)].floors), 0.0)
+
+
+def _warms_up_from(leaf: Any) -> float:
+    return leaf.warmup_lr_init if _ROWS[_name(leaf)] is _TIMM and leaf.warmup_t else 0.0
+
+
+def _warmup_step(scheduler: Any) -> float:
+    """A timm scheduler's warm-up step of its last group, as its constructor would have computed it."""
+    target = scheduler.base_values[-1]
+    if type(scheduler).__name__ == "TanhLRScheduler" and not scheduler.warmup_prefix:
+        target = scheduler._get_lr(scheduler.warmup_t)[-1]  # noqa: SLF001  # its own formula
+    step: float = (target - scheduler.warmup_lr_init) / scheduler.warmup_t
+    return step
+
+
+def _is_fresh(leaf: Any, template: dict[str, Any], index: int, ratio: float) -> bool:
+    """Whether a scheduler still stands at its first value, or gives a joining group what it would give there."""
+    if _ROWS[_name(leaf)] is _TIMM:
+        # timm's keep no count. At its base value any of them stands as at first, but WSD clamps low rates later on.
+        base = leaf.base_values[index]
+        clamps = type(leaf).__name__ == "WSDLRScheduler" and base * ratio < leaf.lr_min
+        first = leaf.warmup_lr_init if leaf.warmup_t else base
+        return float(template["lr"]) == float(first * template.get("lr_scale", 1.0)) and not clamps
+    return bool(leaf.last_epoch <= 0)  # in a sequence those to come stand at -1
+
+
+def _is_above_floor(plateau: Any, index: int, rate: float) -> bool:
+    """Whether a group at this rate would have gone through the reductions that the template went through."""
+    if plateau.last_epoch == 0:
+        return True
+    least = rate * (1 / plateau.factor - 1)  # what the last reduction took off
+    return bool(rate >= plateau.min_lrs[index] and least > plateau.eps)
+
+
+def _refusal(leaf: Any, floor: float, ratio: float) -> str:
+    return (
+        f"`learning_rate_scale` must be 1 to join late where a {type(leaf).__name__} with a floor of {floor} has "
+        f"played a part that depends on the past, got a ratio of {ratio}; {_DECLARED}"
+    )
 
 
 def _parts(scheduler: Any) -> Iterator[Any]:
+    """A scheduler and all within it; timm's plateau holds torch's."""
     yield scheduler
-    if isinstance(scheduler, _COMPOSITES):
+    if _name(scheduler) in {_SEQUENTIAL, _CHAINED}:
         for child in scheduler._schedulers:  # noqa: SLF001  # torch has no public name for them
             yield from _parts(child)
+    elif _name(scheduler) == "timm.scheduler.plateau_lr.PlateauLRScheduler":
+        yield scheduler.lr_scheduler
 
 
 def _leaves(scheduler: Any) -> Iterator[Any]:
-    return (part for part in _parts(scheduler) if type(part) not in _COMPOSITES)
+    return (part for part in _parts(scheduler) if _name(part) not in {_SEQUENTIAL, _CHAINED})

@@ -5,21 +5,25 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from torch import nn
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 
 from unfreeze_sched import lr_schedulers as rows
+from unfreeze_sched import optimizers
 from unfreeze_sched._fields import as_count
 from unfreeze_sched.blocks import Block, validate_blocks
+from unfreeze_sched.parts import Named, Overrides, Part, divide
+from unfreeze_sched.warmup import Warmup
 
 BLOCK_KEY = "unfreeze_block"
 """The key under which a block's param group carries the block's name; a string, so it survives save and load."""
 
+PART_KEY = "unfreeze_part"
+"""The key that tells the further groups of one block apart: 1, 2, ...; the first has none."""
+
 OnRefreeze = Literal["keep", "drop"]
 Membership = Literal["late", "declared"]
-Named = tuple[str, nn.Parameter]
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,13 @@ class GroupChange:
 
 
 UNCHANGED = GroupChange()
+
+
+class _Add(NamedTuple):
+    group: dict[str, Any]
+    template: int  # its index
+    ratio: float  # of the group's learning rate to the template's
+    rate: rows.RateMap
 
 
 class OptimizerRebuilder:
@@ -63,6 +74,11 @@ class OptimizerRebuilder:
             state, where no step moves it, `"drop"` takes it out and frees the state.
         membership: `"late"` adds a block's group when the block joins, `"declared"` adds all groups now, empty, and
             fills them later.
+        no_decay: True puts a block's norm and bias parameters into a second group with `weight_decay=0`; a function of
+            name and parameter returns the keys to override, and parameters with equal ones share a group. Such a group
+            is like your own first one that has these values already, else like the template.
+        warmup_steps: Optimizer steps over which a joining group's learning rate rises linearly, step i (0-based) at
+            `(i + 1) / warmup_steps` of its own; no LR scheduler sees it.
 
     Raises:
         TypeError: An argument of the wrong type, or a scheduler of an unknown class.
@@ -71,6 +87,7 @@ class OptimizerRebuilder:
 
     Example:
         >>> import torch
+        >>> from torch import nn
         >>> net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
         >>> optimizer = torch.optim.AdamW(net[1].parameters(), lr=1.0)
         >>> rebuilder = OptimizerRebuilder(optimizer, [Block("first", (net[0],))], learning_rate_scale=0.1)
@@ -90,11 +107,11 @@ class OptimizerRebuilder:
         template: int = 0,
         on_refreeze: OnRefreeze = "keep",
         membership: Membership = "late",
+        no_decay: bool | Overrides = False,
+        warmup_steps: int = 0,
     ) -> None:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"`optimizer` must be a torch optimizer, got {type(optimizer).__name__}; pass the live one")
-        if isinstance(optimizer, LBFGS):
-            raise ValueError("`optimizer` must take further param groups, got LBFGS, which holds one; use another")  # noqa: TRY004  # its type is right
         if lr_schedulers is not None and not isinstance(lr_schedulers, (list, tuple)):
             raise TypeError(
                 f"`lr_schedulers` must be a sequence or None, got {type(lr_schedulers).__name__}; put it into a list"
@@ -108,12 +125,19 @@ class OptimizerRebuilder:
         decay = _ratio(layer_decay, "layer_decay")
         self._ratios = [scale * decay**depth for depth in reversed(range(len(self.blocks)))]
         self._template = self._checked_template(template)
-        self._named = [tuple(block.named_parameters()) for block in self.blocks]
-        self.parameters = tuple(tuple(parameter for _, parameter in named) for named in self._named)
+        optimizers.refuse(
+            optimizer, self._template, self._ratios, late=membership == "late", drops=on_refreeze == "drop"
+        )
+        self.parameters = tuple(tuple(block.parameters()) for block in self.blocks)
+        own = optimizer.param_groups[self._template].keys()
+        self._parts = [divide(index, block, no_decay, own) for index, block in enumerate(self.blocks)]
         self._refuse_members()
-        self._checked_schedulers()
-        if self.membership == "declared":
-            self._change({index: [] for index in self._from_deep() if not self._groups(index)}, {})
+        as_count(warmup_steps, "warmup_steps", minimum=0, fix="it is a number of optimizer steps")
+        self._warmup = Warmup(optimizers.innermost(optimizer), warmup_steps) if warmup_steps else None
+        if self.membership == "late":
+            self._checked_schedulers()
+        else:
+            self._change([(part, []) for index in self._from_deep() for part in self._parts[index]], [])
 
     def sync(self) -> GroupChange:
         """Bring the optimizer in step with every block's `requires_grad`; twice is as good as once.
@@ -134,92 +158,114 @@ class OptimizerRebuilder:
             met: Number of blocks, from the deep end, that get their group even where they are frozen now, since they
                 were trainable before.
         """
-        joins: dict[int, list[Named]] = {}
-        leaves: dict[int, set[int]] = {}
-        for index in indices:
-            groups = self._groups(index)
+        joins: list[tuple[Part, list[Named]]] = []
+        leaves: list[tuple[Part, set[int]]] = []
+        drop = self.on_refreeze == "drop"
+        for part in (part for index in indices for part in self._parts[index]):
+            groups = self._groups(part)
             # By identity: a comparison by value would take a fresh layer for its twin.
             inside = {id(parameter) for group in groups for parameter in group["params"]}
-            was_met = index >= len(self.blocks) - met
-            takes_frozen = was_met and self.on_refreeze == "keep"
+            was_met = part.block >= len(self.blocks) - met
             joining = [
                 named
-                for named in self._named[index]
-                if id(named[1]) not in inside and (named[1].requires_grad or takes_frozen)
+                for named in part.named
+                if id(named[1]) not in inside and (named[1].requires_grad or (was_met and not drop))
             ]
             if joining or (was_met and not groups):
-                joins[index] = joining
-            if self.on_refreeze == "drop" and inside:
-                leaving = {id(parameter) for _, parameter in self._named[index] if not parameter.requires_grad} & inside
+                joins.append((part, joining))
+            if drop and inside:
+                leaving = {id(parameter) for _, parameter in part.named if not parameter.requires_grad} & inside
                 if leaving:
-                    leaves[index] = leaving
+                    leaves.append((part, leaving))
         return self._change(joins, leaves) if joins or leaves else UNCHANGED
 
     def _from_deep(self) -> range:
         return range(len(self.blocks) - 1, -1, -1)
 
-    def _groups(self, index: int) -> list[dict[str, Any]]:
-        """The live groups of a block, found by their tag, since loading a state dict replaces them."""
-        name = self.blocks[index].name
-        return [group for group in self.optimizer.param_groups if group.get(BLOCK_KEY) == name]
+    def _groups(self, part: Part) -> list[dict[str, Any]]:
+        """The live groups of a part, found by their tags, since loading a state dict replaces them."""
+        name = self.blocks[part.block].name
+        return [
+            group
+            for group in self.optimizer.param_groups
+            if group.get(BLOCK_KEY) == name and group.get(PART_KEY, 0) == part.number
+        ]
 
-    def _change(self, joins: dict[int, list[Named]], leaves: dict[int, set[int]]) -> GroupChange:
+    def _change(self, joins: list[tuple[Part, list[Named]]], leaves: list[tuple[Part, set[int]]]) -> GroupChange:
         """Carry out a diff: everything that can be refused is refused before anything is changed."""
-        optimizer, schedulers = self.optimizer, self._checked_schedulers()
-        template = optimizer.param_groups[self._template]
-        size = len(optimizer.param_groups)
-        fills: list[tuple[dict[str, Any], list[Named]]] = []
-        adds: list[tuple[dict[str, Any], float, rows.RateMap]] = []
-        for index, joining in joins.items():
-            self._refuse_unfit(joining)
-            empty = [group for group in self._groups(index) if not group["params"]]
+        fills: list[tuple[dict[str, Any], int, list[Named]]] = []
+        adds: list[_Add] = []
+        for part, joining in joins:
+            template = self._template_of(part)
+            optimizers.refuse_unfit(self.optimizer, self.optimizer.param_groups[template], joining)
+            empty = [group for group in self._groups(part) if not group["params"]]
             if empty:
-                fills.append((empty[0], joining))
+                fills.append((empty[0], template, joining))
             else:
-                rate = rows.plan_rate(schedulers, self._template, self._ratios[index])
-                adds.append((self._new_group(template, index, joining, rate), self._ratios[index], rate))
+                adds.append(self._plan(part, joining))
+        self._add(adds)
+        for group, template, joining in fills:
+            optimizers.fill(self.optimizer, group, template, [p for _, p in joining], [name for name, _ in joining])
+        if self._warmup:
+            for group in [*(add[0] for add in adds), *(fill[0] for fill in fills)]:
+                if group["params"]:
+                    self._warmup.begin(group)
+        dropped = [name for part, leaving in leaves for name in self._drop(part, leaving)]
+        return GroupChange(tuple(name for _, joining in joins for name, _ in joining), tuple(dropped))
+
+    def _add(self, adds: list[_Add]) -> None:
+        """Let groups join optimizer and schedulers, all or none."""
+        size, schedulers = len(self.optimizer.param_groups), self.lr_schedulers or ()
         try:
-            for group, ratio, rate in adds:
-                optimizer.add_param_group(group)
+            for group, template, ratio, rate in adds:
+                optimizers.add(self.optimizer, group, template, ratio)
                 for scheduler in schedulers:
-                    rows.join(scheduler, len(optimizer.param_groups), self._template, ratio, rate)
+                    rows.join(scheduler, len(self.optimizer.param_groups), template, ratio, rate)
         except Exception:
-            del optimizer.param_groups[size:]
+            optimizers.leave(self.optimizer, size)
             for scheduler in schedulers:
                 rows.leave(scheduler, size)
             raise
-        for group, joining in fills:
-            group["params"].extend(parameter for _, parameter in joining)
-            if "param_names" in group:
-                group["param_names"].extend(name for name, _ in joining)
-        dropped = [name for index, leaving in leaves.items() for name in self._drop(index, leaving)]
-        return GroupChange(tuple(name for joining in joins.values() for name, _ in joining), tuple(dropped))
 
-    def _new_group(
-        self, template: dict[str, Any], index: int, joining: list[Named], rate: rows.RateMap
-    ) -> dict[str, Any]:
+    def _plan(self, part: Part, joining: list[Named]) -> _Add:
         """A clone of the live template: `add_param_group` alone would fill in the constructor's defaults instead."""
-        group = {key: copy.deepcopy(value) for key, value in template.items() if key not in {"params", "param_names"}}
-        for key in rows.scaled_keys(self.lr_schedulers or ()):
+        schedulers, ratio = self._checked_schedulers(), self._ratios[part.block]
+        index = self._template_of(part)
+        template = self.optimizer.param_groups[index]
+        rate = rows.plan_rate(schedulers, template, index, ratio)
+        group = optimizers.group_like(self.optimizer, template)
+        for key in rows.scaled_keys(schedulers):
             if key in group:
-                group[key] = group[key] * self._ratios[index]
-        group["lr"] = rate(template["lr"])
-        group[BLOCK_KEY] = self.blocks[index].name
+                group[key] = group[key] * ratio
+        if template.get("lr") is not None:
+            group["lr"] = rate(template["lr"])
+        group |= copy.deepcopy(part.overrides)
+        group[BLOCK_KEY] = self.blocks[part.block].name
+        if part.number:
+            group[PART_KEY] = part.number
         if "name" in group:  # loggers tell groups apart by it
-            group["name"] = self.blocks[index].name
+            group["name"] = self.blocks[part.block].name + (f".{part.number}" if part.number else "")
         if "param_names" in template:
             group["param_names"] = [name for name, _ in joining]
         group["params"] = [parameter for _, parameter in joining]
-        return group
+        return _Add(group, index, ratio, rate)
 
-    def _drop(self, index: int, leaving: set[int]) -> list[str]:
-        """Take parameters out of the block's groups: the lists in place, since others may hold them, and the state."""
-        for group in self._groups(index):
+    def _template_of(self, part: Part) -> int:
+        """The user's own group that has the overrides already, as a head without decay may; else the template."""
+        if part.overrides:
+            for index, group in enumerate(self.optimizer.param_groups):
+                if BLOCK_KEY not in group and all(group.get(key) == value for key, value in part.overrides.items()):
+                    return index
+        return self._template
+
+    def _drop(self, part: Part, leaving: set[int]) -> list[str]:
+        """Take parameters out of a part's groups: the lists in place, since others may hold them, and the state."""
+        for group in self._groups(part):
             if "param_names" in group:
                 pairs = zip(group["param_names"], group["params"], strict=True)
                 group["param_names"][:] = [name for name, parameter in pairs if id(parameter) not in leaving]
             group["params"][:] = [parameter for parameter in group["params"] if id(parameter) not in leaving]
-        left = [named for named in self._named[index] if id(named[1]) in leaving]
+        left = [named for named in part.named if id(named[1]) in leaving]
         for _, parameter in left:
             self.optimizer.state.pop(parameter, None)
         return [name for name, _ in left]
@@ -248,9 +294,7 @@ class OptimizerRebuilder:
     def _refuse_members(self) -> None:
         """Refuse block parameters in groups that are not their block's: they would be trained twice, or as the head."""
         homes = {
-            id(parameter): (name, block.name)
-            for block, named in zip(self.blocks, self._named, strict=True)
-            for name, parameter in named
+            id(parameter): (name, block.name) for block in self.blocks for name, parameter in block.named_parameters()
         }
         strangers = [
             homes[id(parameter)][0]
@@ -264,24 +308,6 @@ class OptimizerRebuilder:
                 f"`optimizer` must not hold parameters of the blocks yet, got {strangers[0]}{more}; "
                 "build it from the other parameters alone, such as the head's"
             )
-
-    def _refuse_unfit(self, joining: list[Named]) -> None:
-        """Refuse what torch's optimizers check in their constructor alone, and otherwise in the middle of a step."""
-        optimizer_class: Any = type(self.optimizer)
-        if not optimizer_class.__module__.startswith("torch.optim"):
-            return
-        template = self.optimizer.param_groups[self._template]
-        hyperparameters = {key: value for key, value in template.items() if key not in {"params", "param_names"}}
-        # They check the number of dimensions, so one parameter of each stands for the rest.
-        for name, parameter in {parameter.ndim: (name, parameter) for name, parameter in joining}.values():
-            stand_in = nn.Parameter(parameter.detach().new_empty(()).expand(parameter.shape))  # holds one number
-            try:
-                optimizer_class([{**hyperparameters, "params": [stand_in]}])
-            except (ValueError, RuntimeError, TypeError) as error:
-                raise ValueError(
-                    f"`{name}` must fit {optimizer_class.__name__}, got shape {tuple(parameter.shape)}: {error}; "
-                    "leave it out of the block"
-                ) from error
 
 
 def _one_of(value: Any, name: str, allowed: tuple[str, ...]) -> Any:

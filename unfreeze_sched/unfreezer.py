@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from unfreeze_sched._fields import as_count
 from unfreeze_sched.blocks import Block
 from unfreeze_sched.freezing import Norms, drop_gradients, hold_in_eval, norms_of, release, set_requires_grad
+from unfreeze_sched.parts import Overrides
 from unfreeze_sched.rebuilder import UNCHANGED, GroupChange, Membership, OnRefreeze, OptimizerRebuilder
 from unfreeze_sched.schedule import UnfreezeSchedule
 
@@ -30,6 +31,8 @@ class ProgressiveUnfreezer:
         template: 0-based index of the group that joining groups clone.
         on_refreeze: `"keep"` or `"drop"`.
         membership: `"late"` or `"declared"`.
+        no_decay: False, True, or a function of name and parameter.
+        warmup_steps: At least 0.
         norms: `"eval"` holds the norm layers of frozen blocks in evaluation mode, even after `model.train()`;
             `"frozen"` holds them there after their block joined, too, so that the pretrained statistics stay, which
             suits small batches; `"train"` leaves their mode alone.
@@ -63,6 +66,8 @@ class ProgressiveUnfreezer:
         template: int = 0,
         on_refreeze: OnRefreeze = "keep",
         membership: Membership = "late",
+        no_decay: bool | Overrides = False,
+        warmup_steps: int = 0,
         norms: Norms = "eval",
     ) -> None:
         if not isinstance(schedule, UnfreezeSchedule):
@@ -81,7 +86,16 @@ class ProgressiveUnfreezer:
         self.schedule = schedule
         self.norms = norms
         self.rebuilder = OptimizerRebuilder(
-            optimizer, blocks, lr_schedulers, scale, layer_decay, template, on_refreeze, membership
+            optimizer,
+            blocks,
+            lr_schedulers,
+            scale,
+            layer_decay,
+            template,
+            on_refreeze,
+            membership,
+            no_decay,
+            warmup_steps,
         )
         self._norms = tuple(norms_of(block) for block in blocks)
         self._applied: tuple[int, int] | None = None

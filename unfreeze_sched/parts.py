@@ -1,0 +1,78 @@
+"""A block's parameters, divided by the group that they share: those that decay their weights, and those that do not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from unfreeze_sched.blocks import Block
+
+Named = tuple[str, nn.Parameter]
+Overrides = Callable[[str, nn.Parameter], Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Part:
+    """The parameters of a block that share a group.
+
+    Attributes:
+        block: 0-based index of the block.
+        number: 0-based, among the block's parts.
+        named: The parameters with their names.
+        overrides: What the group has otherwise than its template.
+    """
+
+    block: int
+    number: int
+    named: tuple[Named, ...]
+    overrides: dict[str, Any]
+
+
+def divide(index: int, block: Block, no_decay: bool | Overrides, keys: Iterable[str]) -> list[Part]:
+    """Divide a block by what its parameters' groups have otherwise than the template.
+
+    Args:
+        index: 0-based index of the block.
+        block: The block.
+        no_decay: As for `OptimizerRebuilder`.
+        keys: Those of the template's group.
+
+    Returns:
+        The parts, the one without overrides first, in the order of their first parameters; none is empty.
+
+    Raises:
+        ValueError: An override of something that the template's group does not have, or of its learning rate.
+
+    Example:
+        >>> block = Block("layer", (nn.Linear(2, 2),))
+        >>> [(part.overrides, len(part.named)) for part in divide(0, block, True, ["lr", "weight_decay"])]
+        [({}, 1), ({'weight_decay': 0.0}, 1)]
+    """
+    overrides_of = _no_decay if no_decay is True else no_decay or _nothing
+    known = set(keys) - {"params", "param_names", "lr", "initial_lr"}
+    kinds: list[tuple[dict[str, Any], list[Named]]] = [({}, [])]
+    for name, parameter in block.named_parameters():
+        overrides = dict(overrides_of(name, parameter))
+        if strange := sorted(overrides.keys() - known):
+            raise ValueError(
+                f"`no_decay` must override keys of the template's group, its learning rate aside, got {strange[0]!r} "
+                f"for {name!r}; it has {', '.join(sorted(known))}"
+            )
+        kind = next((kind for kind in kinds if kind[0] == overrides), None)
+        if kind is None:
+            kinds.append(kind := (overrides, []))
+        kind[1].append((name, parameter))
+    filled = [kind for kind in kinds if kind[1]]
+    return [Part(index, number, tuple(named), overrides) for number, (overrides, named) in enumerate(filled)]
+
+
+def _nothing(_name: str, _parameter: nn.Parameter) -> dict[str, Any]:
+    return {}
+
+
+def _no_decay(name: str, parameter: nn.Parameter) -> dict[str, Any]:
+    """Norm and bias parameters decay no weight; the rule is timm's `param_groups_weight_decay`."""
+    return {"weight_decay": 0.0} if parameter.ndim <= 1 or name.endswith(".bias") else {}

@@ -1,0 +1,74 @@
+"""A linear warm-up of a joining group's learning rate, which no LR scheduler ever sees."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.optim import ASGD, Optimizer, Rprop
+
+WARMUP_KEY = "unfreeze_warmup"
+"""The key under which a warming group keeps [steps taken, steps in all]; saved and loaded with the group."""
+
+
+class Warmup:
+    """Lets step i (0-based) of a group's first k run at `(i + 1) / k` of its learning rate.
+
+    A fresh Adam state otherwise begins with sign-like steps of full size. The rate is lowered when a step begins and is
+    the scheduler's own again, to the bit, when it ends.
+
+    Args:
+        optimizer: The live optimizer, or what is innermost of its wrappers.
+        steps: k, at least 1.
+
+    Raises:
+        ValueError: The optimizer builds state from the rate of its first step, which a warm-up would falsify for good.
+    """
+
+    def __init__(self, optimizer: Optimizer, steps: int) -> None:
+        if isinstance(optimizer, (Rprop, ASGD)):
+            raise ValueError(  # noqa: TRY004  # its type is right
+                f"`warmup_steps` must be 0 for {type(optimizer).__name__}, which builds its state from the learning "
+                f"rate, got {steps}; leave it out"
+            )
+        self.steps = steps
+        self._own: list[tuple[dict[str, Any], Any]] = []
+        # One warm-up per optimizer, whichever rebuilder asked for it: two would lower the rate twice.
+        hooks = optimizer._optimizer_step_pre_hooks  # noqa: SLF001  # torch has no public way to list them
+        if not any(isinstance(getattr(hook, "__self__", None), Warmup) for hook in hooks.values()):
+            optimizer.register_step_pre_hook(self._lower)
+            optimizer.register_step_post_hook(self._restore)
+
+    def begin(self, group: dict[str, Any]) -> None:
+        """Start the warm-up of a group that has just joined."""
+        group[WARMUP_KEY] = [0, self.steps]
+
+    def _lower(self, optimizer: Optimizer, *_: Any) -> None:
+        self._restore_rates()  # a step that failed has not done so
+        for group in optimizer.param_groups:
+            if WARMUP_KEY in group:
+                taken, total = group[WARMUP_KEY]
+                rate = group["lr"]
+                if isinstance(rate, Tensor):
+                    self._own.append((group, rate.clone()))
+                    rate.mul_((taken + 1) / total)
+                else:
+                    self._own.append((group, rate))
+                    group["lr"] = rate * ((taken + 1) / total)
+
+    def _restore(self, *_: Any) -> None:
+        for group, _rate in self._own:
+            taken, total = group[WARMUP_KEY]
+            if taken + 1 < total:
+                group[WARMUP_KEY] = [taken + 1, total]
+            else:
+                del group[WARMUP_KEY]
+        self._restore_rates()
+
+    def _restore_rates(self) -> None:
+        for group, rate in self._own:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].copy_(rate)
+            else:
+                group["lr"] = rate
+        self._own.clear()
