@@ -68,7 +68,7 @@ def counters(optimizer: Any) -> frozenset[str]:
         >>> sorted(counters(Counting([nn.Parameter(torch.ones(1))])))  # its source cannot be read here
         ['counter', 'k', 'lr_max', 'step', 'weight_sum']
     """
-    return frozenset().union(*(_written(type(layer)) for layer in layers(optimizer))) - _NOT_COUNTERS
+    return frozenset().union(*(_written(layer.__class__) for layer in layers(optimizer))) - _NOT_COUNTERS
 
 
 def group_like(optimizer: Any, template: dict[str, Any]) -> dict[str, Any]:
@@ -182,7 +182,7 @@ def refuse(
             raise ValueError(
                 f"`membership` must be 'declared' for {name}, {reason}, got 'late'; pass membership='declared'"
             )
-        if "lr" in _written(type(layer)) and (late or drops):
+        if "lr" in _written(layer.__class__) and (late or drops):
             got = "membership='late'" if late else "on_refreeze='drop'"
             raise ValueError(
                 "`membership` must be 'declared' and `on_refreeze` 'keep' for "
@@ -220,8 +220,12 @@ def refuse_unfit(optimizer: Any, template: dict[str, Any], joining: Iterable[tup
         )
         for layer in layers(optimizer):
             if type(layer).__module__.startswith("torch.optim"):
+                # As arguments, too: some are checked as such alone, `fused` for one.
+                known = inspect.signature(type(layer)).parameters.keys() & hyperparameters.keys()
                 try:
-                    type(layer)([{**hyperparameters, "params": [stand_in]}])
+                    layer.__class__(
+                        [{**hyperparameters, "params": [stand_in]}], **{key: hyperparameters[key] for key in known}
+                    )
                 except (ValueError, RuntimeError, TypeError) as error:
                     problem = error
         if problem is not None:

