@@ -116,14 +116,14 @@ def test_checkpoints(finished: tuple[Path, str]) -> None:
     output, _ = finished
     files = {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()}
     assert files == {
-        *("metrics.jsonl", "result.json", "report.png", "teacher.pth", "student.pth", "frozen.pth"),
+        *("arguments.json", "metrics.jsonl", "result.json", "report.png", "teacher.pth", "student.pth", "frozen.pth"),
         *("teacher/last.pth", "student/last.pth", "frozen/last.pth"),
     }
     last = torch.load(output / "student" / "last.pth", weights_only=True)
-    assert set(last) == {"epoch", "state_dict", "optimizer", "scheduler", "unfreezer"}
-    assert last["epoch"] == 2
+    assert set(last) == {"model", "optimizer", "scheduler", "unfreezer", "records", "random"}
+    assert [record["epoch"] for record in last["records"]] == [0, 1, 2]
     weights = torch.load(output / "student.pth", weights_only=True)
-    assert all(torch.equal(weights[key], value) for key, value in last["state_dict"].items())
+    assert all(torch.equal(weights[key], value) for key, value in last["model"].items())
     assert set(weights) == set(
         torch.load(output / "teacher.pth", weights_only=True)
     )  # one architecture, no teacher in it
@@ -139,7 +139,7 @@ def test_the_report_and_the_console(finished: tuple[Path, str]) -> None:
     assert "its AdamW moments kept from step 3)" in text
     assert "never within 3 epochs: layer2, layer1; train longer" in text
     assert "MiB kept" in text
-    result = json.loads((output / "result.json").read_text())["arms"]
+    result = json.loads((output / "result.json").read_text())
     for name in ("student", "frozen"):
         assert f"{name}: loss {result[name]['test_loss']:.3f}, mIoU {100 * result[name]['test_miou']:.1f} %" in text
 

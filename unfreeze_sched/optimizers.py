@@ -198,7 +198,7 @@ def refuse(
 
 
 def refuse_unfit(optimizer: Any, template: dict[str, Any], joining: Iterable[tuple[str, nn.Parameter]]) -> None:
-    """Refuse what optimizers check in their constructor alone, and otherwise in the middle of a step.
+    """Refuse what optimizers check in their constructor alone, or in the middle of a step.
 
     Args:
         optimizer: The live optimizer.
@@ -214,18 +214,16 @@ def refuse_unfit(optimizer: Any, template: dict[str, Any], joining: Iterable[tup
     for name, parameter in {(p.ndim, p.dtype): (name, p) for name, p in joining}.values():
         problem: Exception | None = None
         if template.get("use_muon") and parameter.ndim < 2:  # noqa: PLR2004  # matrices and up
-            problem = ValueError("its use_muon group takes matrices")
+            problem = ValueError("a use_muon group takes matrices")
+        if template.get("fused") and not parameter.is_floating_point():
+            problem = ValueError(f"a fused group takes floating point, not {parameter.dtype}")
         stand_in = nn.Parameter(  # holds one number
             parameter.detach().new_empty(()).expand(parameter.shape), requires_grad=parameter.requires_grad
         )
         for layer in layers(optimizer):
             if type(layer).__module__.startswith("torch.optim"):
-                # As arguments, too: some are checked as such alone, `fused` for one.
-                known = inspect.signature(type(layer)).parameters.keys() & hyperparameters.keys()
                 try:
-                    layer.__class__(
-                        [{**hyperparameters, "params": [stand_in]}], **{key: hyperparameters[key] for key in known}
-                    )
+                    layer.__class__([{**hyperparameters, "params": [stand_in]}])
                 except (ValueError, RuntimeError, TypeError) as error:
                     problem = error
         if problem is not None:

@@ -91,6 +91,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     training.add_argument("--seed", type=_integer(0), default=0, metavar="N", help="default: 0")
     training.add_argument("--device", metavar="NAME", help="default: cuda where there is one, else cpu")
+    training.add_argument(
+        "--resume", metavar="DIR", help="go on with an interrupted run, by its folder; all else is as it was begun with"
+    )
     training.add_argument("--output", metavar="DIR", help="a new folder (default: runs/ and the time)")
 
 

@@ -47,7 +47,7 @@ def load_segmentation_state(model: nn.Module, path: str | os.PathLike[str], *, w
         >>> torch.save({"epoch": 9, "state_dict": {f"model.{k}": v for k, v in model.state_dict().items()}}, path)
         >>> load_segmentation_state(model, path)
     """
-    state = _state_of(_read(path), path)
+    state = _state_of(read_checkpoint(path), path)
     expected = model.state_dict()
     prefix = _prefix(state, expected, _WRAPPERS)
     # A key outside the prefix keeps its full name, and so shows up as one that does not fit.
@@ -80,7 +80,7 @@ def load_encoder_weights(encoder: nn.Module, path: str | os.PathLike[str]) -> No
         >>> encoder[0].bias.sum().item()
         8.0
     """
-    state = _state_of(_read(path), path)
+    state = _state_of(read_checkpoint(path), path)
     expected = encoder.state_dict()
     prefix = _prefix(state, expected, (*_WRAPPERS, "encoder."))
     if prefix.endswith("encoder."):
@@ -104,7 +104,7 @@ def classes_of(path: str | os.PathLike[str]) -> int:
         >>> classes_of(path)
         5
     """
-    heads = [value for key, value in _state_of(_read(path), path).items() if f".{key}".endswith(f".{_HEAD}")]
+    heads = [value for key, value in _state_of(read_checkpoint(path), path).items() if f".{key}".endswith(f".{_HEAD}")]
     if len(heads) != 1 or heads[0].ndim == 0:
         raise CheckpointError(
             f"{path}: must hold one `{_HEAD}`, got {len(heads)}; give the file of one whole smp segmentation model"
@@ -225,8 +225,12 @@ def _few(items: list[str]) -> str:
     return ", ".join(items[:_SHOWN]) + (", ..." if len(items) > _SHOWN else "")
 
 
-def _read(path: str | os.PathLike[str]) -> Any:
-    """What `torch.load` finds in a file, without running any of its code."""
+def read_checkpoint(path: str | os.PathLike[str]) -> Any:
+    """What `torch.load` finds in a file, without running any of its code.
+
+    Raises:
+        CheckpointError: The file is missing, damaged, no checkpoint, or holds objects that would run code.
+    """
     file = Path(path)
     if file.is_dir():
         raise CheckpointError(f"{path}: must be a file, got a folder; give the checkpoint inside it")

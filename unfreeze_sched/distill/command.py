@@ -37,9 +37,15 @@ def run(args: argparse.Namespace) -> None:
     """
     begin = time.perf_counter()
     console = Console(highlight=False, soft_wrap=True)
+    if args.resume is None:
+        output = _new_folder(args.output)
+        training, validation, test = _data(args)
+        _save_arguments(args, output)
+    else:
+        output = Path(args.resume)
+        args = _saved_arguments(output)
+        training, validation, test = _data(args)
     settings = Settings(args.epochs, args.lr, args.batch_size, args.seed, _device(args.device))
-    output = _new_folder(args.output)
-    training, validation, test = _data(args)
     n_images = len(training) + len(validation)
     classes = _classes(args.teacher, training)
     console.print(
@@ -59,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
             arms.append(replace(frozen, name="frozen", schedule=_constant(0, len(frozen.blocks))))
         records = {}
         for arm in arms:
-            (output / arm.name).mkdir()
+            (output / arm.name).mkdir(exist_ok=True)
             teller.begin(arm.name, settings.epochs, training, settings)
             torch.manual_seed(settings.seed)  # stochastic depth draws alike in both arms
             records[arm.name] = train(arm, training, validation, settings, output / arm.name, teller)
@@ -70,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
     for name, score in scores.items():
         console.print(f"test part, {len(test)} images, {name}: loss {score.loss:.3f}, mIoU {100 * score.miou:.1f} %")
     result = {name: {"test_loss": score.loss, "test_miou": score.miou} for name, score in scores.items()}
-    (output / "result.json").write_text(json.dumps({"arguments": vars(args), "arms": result}, indent=2, default=str))
+    (output / "result.json").write_text(json.dumps(result, indent=2))
     draw_report(output / "report.png", student, records["student"], records.get("frozen", []), test, settings.device)
     console.print(f"{output / 'report.png'} shows the run; {time.perf_counter() - begin:.0f} s in all")
 
@@ -85,6 +91,7 @@ class _Teller:
         self._metrics = (output / "metrics.jsonl").open("w", encoding="utf-8")
         self._task: Any = None
         self._name = ""
+        self._steps = 0
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -99,7 +106,8 @@ class _Teller:
         if self._task is not None:
             self._progress.remove_task(self._task)
         self._name = name
-        self._task = self._progress.add_task(name, total=epochs * -(-len(training) // settings.batch_size))
+        self._steps = -(-len(training) // settings.batch_size)
+        self._task = self._progress.add_task(name, total=epochs * self._steps)
 
     def step(self) -> None:
         """One optimizer step was taken."""
@@ -115,6 +123,7 @@ class _Teller:
         self._metrics.flush()
         self._progress.update(
             self._task,
+            completed=(record.epoch + 1) * self._steps,
             description=f"{self._name}, epoch {record.epoch}: loss {record.train_loss:.3f}, "
             f"mIoU {100 * record.validation_miou:.1f} %",
         )
@@ -139,7 +148,7 @@ def _train_teacher(
     arm = Arm(
         "teacher", unet, imitating(unet), blocks, schedule, _TEACHER_SCALE, args.norms, DistillationLoss(alpha=0.0)
     )
-    (output / arm.name).mkdir()
+    (output / arm.name).mkdir(exist_ok=True)
     teller.begin(arm.name, settings.epochs, training, settings)
     record = train(arm, training, validation, settings, output / arm.name, teller)[-1]
     path = output / "teacher.pth"
@@ -224,6 +233,28 @@ def _device(name: str | None) -> str:
             f"`--device` must be a device of this machine, got {name!r}; leave it out or say cpu"
         ) from error
     return name
+
+
+def _save_arguments(args: argparse.Namespace, output: Path) -> None:
+    """Keep the arguments for a resume, which may be started from another folder."""
+    for name in ("data", "teacher", "student_weights"):
+        value = getattr(args, name)
+        if value is not None and Path(value).exists():
+            setattr(args, name, str(Path(value).resolve()))
+    partial = output / "arguments.json.partial"
+    partial.write_text(json.dumps({name: value for name, value in vars(args).items() if name != "command"}, indent=2))
+    partial.replace(output / "arguments.json")
+
+
+def _saved_arguments(output: Path) -> argparse.Namespace:
+    path = output / "arguments.json"
+    try:
+        return argparse.Namespace(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"`--resume` must be the folder of a run of this command, got {output}, whose arguments.json cannot be "
+            f"read ({type(error).__name__}); give the folder that the run named at its start"
+        ) from error
 
 
 def _new_folder(name: str | None) -> Path:

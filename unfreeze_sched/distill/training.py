@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from unfreeze_sched import Block, ProgressiveUnfreezer, UnfreezeSchedule
-from unfreeze_sched.distill.checkpoints import save_atomically
+from unfreeze_sched.distill.checkpoints import CheckpointError, read_checkpoint, save_atomically
 from unfreeze_sched.distill.data import SegmentationData, epoch_generator
 from unfreeze_sched.distill.loss import DistillationLoss
 from unfreeze_sched.distill.memory import saved_for_backward
@@ -134,7 +134,10 @@ def train(
     folder: Path,
     progress: Progress,
 ) -> list[EpochRecord]:
-    """Train one arm, and leave `last.pth` in its folder after each epoch.
+    """Train one arm, and leave `last.pth` in its folder after each epoch; go on from it where it is there.
+
+    An interrupted arm goes on to the same weights, to the bit: the order of the data follows from seed and epoch, and
+    the checkpoint holds the states of model, optimizer, scheduler, unfreezer and random numbers.
 
     Args:
         arm: What is trained.
@@ -142,10 +145,13 @@ def train(
         validation: Looked at after each epoch.
         settings: The rest.
         folder: It exists; the checkpoint is written there, atomically.
-        progress: Told of steps, transitions and epochs.
+        progress: Told of steps, transitions and epochs, also of those before an interruption.
 
     Returns:
         A record for each epoch.
+
+    Raises:
+        CheckpointError: The folder's checkpoint is damaged, or of another run.
     """
     device = torch.device(settings.device)
     steps = -(-len(training) // settings.batch_size)
@@ -159,8 +165,11 @@ def train(
         learning_rate_scale=arm.learning_rate_scale,
         norms=arm.norms,
     )
-    records: list[EpochRecord] = []
-    for epoch in range(settings.epochs):
+    parts = {"model": arm.unet, "optimizer": optimizer, "scheduler": scheduler, "unfreezer": unfreezer}
+    records = _go_on(parts, folder / "last.pth", device) if (folder / "last.pth").exists() else []
+    for record in records:
+        progress.epoch(record)
+    for epoch in range(len(records), settings.epochs):
         kept = _steps_taken(optimizer)
         change = unfreezer.apply(epoch)
         number = arm.schedule.blocks_at(epoch)
@@ -212,16 +221,44 @@ def train(
         )
         save_atomically(
             {
-                "epoch": epoch,
-                "state_dict": arm.unet.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "scheduler": scheduler.state_dict(),
-                "unfreezer": unfreezer.state_dict(),
+                **{name: part.state_dict() for name, part in parts.items()},
+                "records": [record.as_dict() for record in records],
+                "random": _random_state(device),
             },
             folder / "last.pth",
         )
         progress.epoch(records[-1])
     return records
+
+
+def _go_on(parts: dict[str, Any], path: Path, device: torch.device) -> list[EpochRecord]:
+    """Bring a new arm to where a checkpoint left it, and return the records of the epochs before."""
+    saved = read_checkpoint(path)
+    if not isinstance(saved, dict) or set(saved) != {*parts, "records", "random"}:
+        raise CheckpointError(
+            f"{path}: must be a checkpoint of this command, got another file; remove it to begin anew"
+        )
+    try:
+        # The unfreezer first, which replays the groups that the others' states are of.
+        for name in ("unfreezer", "scheduler", "model", "optimizer"):
+            parts[name].load_state_dict(saved[name])
+        records = [EpochRecord(**{**record, "joined": tuple(record["joined"])}) for record in saved["records"]]
+    except (ValueError, RuntimeError, TypeError, KeyError) as error:
+        raise CheckpointError(
+            f"{path}: must be a checkpoint of this run, got one that does not fit ({error}); resume with its own folder"
+        ) from error
+    torch.set_rng_state(saved["random"]["cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(saved["random"]["cuda"], device)
+    return records
+
+
+def _random_state(device: torch.device) -> dict[str, Tensor]:
+    """States of the generators that stochastic depth draws from, as tensors."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
 
 
 @torch.no_grad()
