@@ -397,6 +397,24 @@ def test_a_failing_add_param_group_is_undone() -> None:
     assert (cosine.state_dict(), chained.base_lrs, chain._last_lr) == rows
 
 
+def test_a_failing_fill_is_undone() -> None:
+    """When the optimizer refuses the second of three declared groups, the first is empty again."""
+
+    class Fussy(torch.optim.SGD):
+        def add_param_group(self, param_group: dict[str, Any]) -> None:
+            if param_group.get(BLOCK_KEY) == "block1" and param_group["params"]:
+                raise RuntimeError("no block1 here")
+            super().add_param_group(param_group)
+
+    net = Net()
+    optimizer = Fussy(net.head.parameters(), lr=0.1)
+    rebuilder = OptimizerRebuilder(optimizer, net.make_blocks(), membership="declared")
+    before = snapshot(optimizer)
+    with pytest.raises(RuntimeError, match="no block1 here"):
+        rebuilder.sync()
+    assert snapshot(optimizer) == before
+
+
 @pytest.mark.parametrize(
     "optimizer_class",
     [

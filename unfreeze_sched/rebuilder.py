@@ -203,9 +203,7 @@ class OptimizerRebuilder:
                 fills.append((empty[0], template, joining))
             else:
                 adds.append(self._plan(part, joining))
-        self._add(adds)
-        for group, template, joining in fills:
-            optimizers.fill(self.optimizer, group, template, [p for _, p in joining], [name for name, _ in joining])
+        self._carry_out(adds, fills)
         if self._warmup:
             for group in [*(add[0] for add in adds), *(fill[0] for fill in fills)]:
                 if group["params"]:
@@ -213,15 +211,20 @@ class OptimizerRebuilder:
         dropped = [name for part, leaving in leaves for name in self._drop(part, leaving)]
         return GroupChange(tuple(name for _, joining in joins for name, _ in joining), tuple(dropped))
 
-    def _add(self, adds: list[_Add]) -> None:
-        """Let groups join optimizer and schedulers, all or none."""
+    def _carry_out(self, adds: list[_Add], fills: list[tuple[dict[str, Any], int, list[Named]]]) -> None:
+        """Let groups join optimizer and schedulers, and parameters join empty groups: all or none."""
         size, schedulers = len(self.optimizer.param_groups), self.lr_schedulers or ()
         try:
             for group, template, ratio, rate in adds:
                 optimizers.add(self.optimizer, group, template, ratio)
                 for scheduler in schedulers:
                     rows.join(scheduler, len(self.optimizer.param_groups), template, ratio, rate)
+            for group, template, joining in fills:
+                optimizers.fill(self.optimizer, group, template, [p for _, p in joining], [name for name, _ in joining])
         except Exception:
+            for group, _, _ in fills:
+                group["params"].clear()
+                group.get("param_names", []).clear()
             optimizers.leave(self.optimizer, size)
             for scheduler in schedulers:
                 rows.leave(scheduler, size)
