@@ -101,7 +101,9 @@ def summary(said: dict[str, str]) -> str:
 
 def short(refusal: str) -> str:
     """A refusal's reason, without the fix and the numbers of this run."""
-    return re.sub(r", got [^;]*", "", refusal.split(";", maxsplit=1)[0].replace("|", "/"))
+    return re.sub(
+        r", got (a group at|membership|on_refreeze)[^;]*", "", refusal.split(";", maxsplit=1)[0].replace("|", "/")
+    )
 
 
 def as_markdown(rows: list[dict[str, str]]) -> str:

@@ -103,6 +103,9 @@ RECIPES: list[Recipe] = [
            lambda o, r: sequential(o, [lrs.LinearLR(o, 0.1, total_iters=4), cosine(o, 0.02)], [4])),
     Recipe("Sequential, eta_min first",
            lambda o, r: sequential(o, [cosine(o, 0.02), lrs.ExponentialLR(o, 0.9), lrs.LambdaLR(o, halved)], [4, 9])),
+    Recipe("Sequential, a product after eta_min",
+           lambda o, r: sequential(o, [cosine(o, 0.02), lrs.MultiplicativeLR(o, wobble)], [2])),
+    Recipe("Sequential, SWALR after eta_min", lambda o, r: sequential(o, [cosine(o, 0.02), swa(o, r)], [2])),
     Recipe("Sequential, restarts",
            lambda o, r: sequential(o, [lrs.ConstantLR(o, 0.5, 3), lrs.CosineAnnealingWarmRestarts(o, 4, eta_min=0.02)], [3])),
     Recipe("Chained", lambda o, r: [lrs.ChainedScheduler([lrs.LinearLR(o, 0.1, total_iters=4), cosine(o)])]),
@@ -167,8 +170,6 @@ RECIPES += [
 REFUSED = [
     Recipe("Chained, eta_min", lambda o, r: [lrs.ChainedScheduler([lrs.LinearLR(o, 0.1, total_iters=4), cosine(o, 0.02)])]),
     Recipe("cosine with eta_min beside another", lambda o, r: [lrs.StepLR(o, 4), cosine(o, 0.02)]),
-    Recipe("a product after eta_min",
-           lambda o, r: sequential(o, [cosine(o, 0.02), lrs.MultiplicativeLR(o, wobble)], [1])),
     Recipe("Plateau at min_lr", lambda o, r: [lrs.ReduceLROnPlateau(o, factor=0.1, patience=0, min_lr=0.02)]),
     Recipe("timm Cosine, lr_min", lambda o, r: [timm.scheduler.CosineLRScheduler(o, 20, lr_min=0.01)]),
     Recipe("timm Cosine, warmup_lr_init",

@@ -210,7 +210,7 @@ def _course(scheduler: Any, index: int, ratio: float) -> RateMap | None:
         return _times(ratio)
     leaf = _driver(scheduler)
     if leaf is None or _ROWS[_name(leaf)] is _TIMM:
-        return None
+        return _after_floor(scheduler, index, ratio)
     floor, base = _floor(leaf), leaf.base_lrs[index]
     if not floor or leaf.last_epoch <= 0:
         return _times(ratio)
@@ -221,6 +221,25 @@ def _course(scheduler: Any, index: int, ratio: float) -> RateMap | None:
     # Both groups' distances from the floor go through the same factors, so their quotient stays what it was at first.
     quotient = (base * ratio - floor) / (base - floor)
     return lambda rate: floor + (rate - floor) * quotient
+
+
+def _after_floor(scheduler: Any, index: int, ratio: float) -> RateMap | None:
+    """The map in a sequence whose present part goes on from the rate that the part before it, with a floor, left."""
+    if _name(scheduler) != _SEQUENTIAL:
+        return None
+    place = _place(scheduler)
+    before, present = scheduler._schedulers[place - 1 : place + 1]  # noqa: SLF001  # torch has no public name for them
+    course = _course(before, index, ratio) if place == 1 or _ROWS[_name(before)].restarts else None
+    if course is None:
+        return None
+    left, swa = before.get_last_lr()[index], scheduler.optimizer.param_groups[index].get("swa_lr")
+    left_to_us = course(left)
+    if _name(present) == "torch.optim.swa_utils.SWALR" and swa != left:
+        # It mixes the rate that it found with its own, by a share that can be read off.
+        return lambda rate: (swa * ratio - left_to_us) * ((rate - left) / (swa - left)) + left_to_us
+    if _name(present) == "torch.optim.lr_scheduler.MultiplicativeLR" and left != 0:
+        return _times(left_to_us / left)
+    return None
 
 
 def _driver(scheduler: Any) -> Any | None:
