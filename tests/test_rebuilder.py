@@ -368,7 +368,7 @@ def test_muon_is_checked_before_anything_changes() -> None:
     optimizer = torch.optim.Muon([net.head.weight])
     rebuilder = OptimizerRebuilder(optimizer, net.make_blocks(), learning_rate_scale=1.0)
     before = snapshot(optimizer)
-    with pytest.raises(ValueError, match=r"`blocks.2.1.bias` must fit Muon, got shape \(4,\): .*; leave it out"):
+    with pytest.raises(ValueError, match=r"`blocks.2.0.bias` must fit Muon, got shape \(4,\): .*; leave it out"):
         rebuilder.sync()
     assert snapshot(optimizer) == before
     matrices = [Block(f"block{i}", (block[0].weight,)) for i, block in enumerate(net.blocks)]

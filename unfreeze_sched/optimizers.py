@@ -15,6 +15,7 @@ import functools
 import inspect
 import textwrap
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from operator import attrgetter
 from typing import Any, cast
 
 from torch import nn
@@ -210,8 +211,12 @@ def refuse_unfit(optimizer: Any, template: dict[str, Any], joining: Iterable[tup
     """
     joining = tuple(joining)
     hyperparameters = {key: value for key, value in template.items() if key not in {"params", "param_names"}}
-    # They check the number of dimensions, so one parameter of each stands for the rest.
-    for name, parameter in {(p.ndim, p.dtype): (name, p) for name, p in joining}.values():
+    # They check the number of dimensions and the type, so one parameter of each kind stands for the rest.
+    kind_of = attrgetter("ndim", "dtype")
+    kinds = set(map(kind_of, (parameter for _, parameter in joining)))
+    for name, parameter in (
+        next(named for named in joining if kind_of(named[1]) == kind) for kind in sorted(kinds, key=str)
+    ):
         problem: Exception | None = None
         if template.get("use_muon") and parameter.ndim < 2:  # noqa: PLR2004  # matrices and up
             problem = ValueError("a use_muon group takes matrices")
