@@ -291,3 +291,17 @@ def test_dropping_and_joining_again_starts_afresh() -> None:
     assert {int(optimizer.state[p]["step"]) for p in group["params"]} == {2}
     assert group["lr"] == optimizer.param_groups[0]["lr"] / 2
     assert len(optimizer.param_groups) == 2
+
+
+@pytest.mark.parametrize("drives", ["outer", "inner"])
+def test_a_scheduler_may_drive_what_is_wrapped(drives: str) -> None:
+    """A wrapper's groups are those of the optimizer within, and a scheduler of either is one of both."""
+    package = pytest.importorskip("pytorch_optimizer")
+    net = Net(1)
+    inner = torch.optim.AdamW(net.head.parameters(), lr=1.0)
+    outer = package.Lookahead(inner)
+    scheduler = lr_scheduler.ExponentialLR(inner if drives == "inner" else outer, 0.5)
+    OptimizerRebuilder(outer, net.make_blocks(), [scheduler], learning_rate_scale=0.5).sync()
+    outer.step()
+    scheduler.step()
+    assert [group["lr"] for group in inner.param_groups] == [0.5, 0.25]

@@ -389,6 +389,33 @@ def test_a_state_of_something_else_is_refused() -> None:
         wider.load_state_dict(saved)
 
 
+def test_another_schedule_may_go_on_when_asked() -> None:
+    """With `strict=False` a longer or changed schedule goes on from where the saved run stood; other blocks still may not."""
+    _, optimizer, unfreezer = make()
+    unfreezer.apply(3)
+    saved = json.loads(json.dumps(unfreezer.state_dict()))
+    longer = RATE.replace(total_epochs=20, preset=RatePreset(unfreeze_start_epoch=1, unfreeze_rate=8))
+    net, resumed, other = make(longer)
+    other.load_state_dict(saved, strict=False)
+    assert trainable(net) == [1, 2]
+    assert [g.get(BLOCK_KEY) for g in resumed.param_groups] == [g.get(BLOCK_KEY) for g in optimizer.param_groups]
+    other.apply(4)
+    assert trainable(net) == [2]
+    del saved["blocks"]["block0"]
+    with pytest.raises(ValueError, match=r"got blocks\['block0'\] not saved; rebuild"):
+        other.load_state_dict(saved, strict=False)
+
+
+@pytest.mark.parametrize("applied", [[1], [1, 4], [-1, 0], "12", [1.5, 2], 3, {}])
+def test_wrong_numbers_of_blocks(applied: Any) -> None:
+    """Numbers that no unfreezer of these blocks saves are refused, and nothing changes."""
+    net, optimizer, unfreezer = make()
+    state = {**unfreezer.state_dict(), "applied": applied}
+    with pytest.raises(ValueError, match=r"`state_dict\['applied'\]` must be two numbers of blocks from 0 to 3, got"):
+        unfreezer.load_state_dict(state)
+    assert (trainable(net), len(optimizer.param_groups)) == ([0, 1, 2], 1)
+
+
 @pytest.mark.parametrize(
     ("state", "error", "message"),
     [

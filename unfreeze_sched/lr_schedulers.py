@@ -81,15 +81,19 @@ _PLATEAU = "torch.optim.lr_scheduler.ReduceLROnPlateau"
 _DECLARED = "pass membership='declared', with the rebuilder made before the scheduler's first step"
 
 
-def refuse_unknown(schedulers: Sequence[Any], optimizer: Optimizer) -> None:
+def refuse_unknown(schedulers: Sequence[Any], optimizers: Sequence[Any]) -> None:
     """Refuse what no group can join: an unknown class of scheduler, or one of another optimizer.
+
+    Args:
+        schedulers: What is to be joined.
+        optimizers: The optimizer, and those that it wraps: a scheduler may drive either.
 
     Raises:
         TypeError: A scheduler of a class that is not known here.
         ValueError: A scheduler of another optimizer.
     """
     for scheduler in schedulers:
-        if getattr(scheduler, "optimizer", optimizer) is not optimizer:
+        if not any(getattr(scheduler, "optimizer", optimizer) is optimizer for optimizer in optimizers):
             raise ValueError(
                 f"`lr_schedulers` must drive this optimizer, got a {type(scheduler).__name__} of another one; "
                 "make the scheduler from the optimizer that is passed here"

@@ -291,7 +291,7 @@ class OptimizerRebuilder:
                 "`lr_schedulers` must hold the LR scheduler that drives this optimizer, got none; "
                 "pass lr_schedulers=[scheduler], or None if it is no longer in use"
             )
-        rows.refuse_unknown(self.lr_schedulers, self.optimizer)
+        rows.refuse_unknown(self.lr_schedulers, list(optimizers.layers(self.optimizer)))
         return self.lr_schedulers
 
     def _refuse_members(self) -> None:

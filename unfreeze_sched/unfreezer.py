@@ -7,7 +7,6 @@ from typing import Any, get_args
 
 from torch.optim import Optimizer
 
-from unfreeze_sched._fields import as_count
 from unfreeze_sched.blocks import Block
 from unfreeze_sched.freezing import Norms, drop_gradients, hold_in_eval, norms_of, release, set_requires_grad
 from unfreeze_sched.parts import Overrides
@@ -138,11 +137,12 @@ class ProgressiveUnfreezer:
             "applied": None if self._applied is None else list(self._applied),
         }
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> None:
         """Replay the groups of a saved run; load the LR schedulers and the optimizer after it.
 
         Args:
             state_dict: What `state_dict` gave, possibly by way of JSON.
+            strict: False lets another schedule, such as a longer one, go on from here; the blocks have to be the same.
 
         Raises:
             TypeError: `state_dict` is no mapping.
@@ -158,8 +158,9 @@ class ProgressiveUnfreezer:
                 f"`state_dict` must have the keys {', '.join(keys)}, got {', '.join(map(str, state_dict))}; "
                 "pass a saved state_dict() of an unfreezer"
             )
-        differences = list(_differences("schedule", state_dict["schedule"], self.schedule.model_dump(mode="json")))
-        differences += _differences("blocks", state_dict["blocks"], self._layout())
+        differences = list(_differences("blocks", state_dict["blocks"], self._layout()))
+        if strict:
+            differences += _differences("schedule", state_dict["schedule"], self.schedule.model_dump(mode="json"))
         if differences:
             raise ValueError(
                 "`state_dict` must be of this schedule and these blocks, got "
@@ -168,9 +169,16 @@ class ProgressiveUnfreezer:
                 + "; rebuild what was saved"
             )
         applied = state_dict["applied"]
-        if applied is not None:
-            number, peak = (as_count(value, "applied", minimum=0, fix="it is a saved number") for value in applied)
-            self._bring_to(number, peak)
+        if applied is None:
+            return
+        total = len(self.blocks)
+        numbers = list(applied) if isinstance(applied, (list, tuple)) else []
+        if [type(number) for number in numbers] != [int, int] or not all(0 <= number <= total for number in numbers):
+            raise ValueError(
+                f"`state_dict['applied']` must be two numbers of blocks from 0 to {total}, got {applied!r}; "
+                "pass a saved state_dict() as it is"
+            )
+        self._bring_to(*applied)
 
     def _layout(self) -> dict[str, dict[str, list[int]]]:
         return {block.name: {name: list(p.shape) for name, p in block.named_parameters()} for block in self.blocks}
