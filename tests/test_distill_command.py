@@ -178,6 +178,12 @@ def test_a_binary_teacher(data: Path, tmp_path: Path) -> None:
         (["--epochs", "0"], "argument --epochs: must be an integer of at least 1, got '0'"),
         (["--epochs", "many"], "argument --epochs: must be an integer of at least 1, got 'many'"),
         (["--image-size", "50"], "--image-size: must be an integer of at least 32 and a multiple of 32, got '50'"),
+        (["--batch-size", "1"], "argument --batch-size: must be an integer of at least 2, got '1'"),
+        (
+            ["--seed", "9" * 30],
+            "argument --seed: must be an integer of at least 0 and at most 9223372036854775807, got '999",
+        ),
+        (["--device", "meta"], "`--device` must be a device of this machine, got 'meta'; leave it out or say cpu"),
         (["--lr", "nan"], "argument --lr: must be a number above 0, got 'nan'"),
         (["--learning-rate-scale", "2"], "--learning-rate-scale: must be a number above 0 and at most 1, got '2'"),
         (["--preset", "huge"], "argument --preset: invalid choice: 'huge'"),
@@ -214,6 +220,24 @@ def test_wrong_input(
     assert code == 2
     assert message in error
     assert len(error.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--unfreeze_start", "9"], ["--student-encoder", "resnet19"], ["--student-weights", "/nowhere.pth"]],
+)
+def test_no_teacher_is_trained_for_nothing(words: list[str], data: Path, tmp_path: Path, capsys: Any) -> None:
+    """What the student would refuse is refused before a teacher is trained, and the folder can be used again."""
+    assert main(["distill", "--data", str(data), *SMALL_RUN, *words, "--output", str(tmp_path)]) == 2
+    assert "teacher, epoch" not in capsys.readouterr().out
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_last_batch_of_one(data: Path, finished: tuple[Path, str], tmp_path: Path) -> None:
+    """A last batch of one image, on which a batch norm cannot train, is left for another epoch's order."""
+    words = ["distill", "--data", str(data), *SMALL_RUN, "--teacher", str(finished[0] / "teacher.pth")]
+    assert main([*words, "--batch-size", "9", "--output", str(tmp_path / "run")]) == 0
+    assert [record["optimizer_step"] for record in records(tmp_path / "run")["student"]] == [0, 1, 2]
 
 
 def test_nothing_is_overwritten(finished: tuple[Path, str], data: Path, capsys: Any) -> None:

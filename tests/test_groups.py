@@ -305,3 +305,49 @@ def test_a_scheduler_may_drive_what_is_wrapped(drives: str) -> None:
     outer.step()
     scheduler.step()
     assert [group["lr"] for group in inner.param_groups] == [0.5, 0.25]
+
+
+def test_dropping_frees_the_state_within_a_wrapper() -> None:
+    """A dropped block leaves no state in the optimizer that a wrapper wraps, and starts afresh when it joins again."""
+    package = pytest.importorskip("pytorch_optimizer")
+    net = Net(1)
+    inner = torch.optim.AdamW(net.head.parameters(), lr=0.1)
+    schedule = RATE.replace(preset=MilestonePreset(milestones={0: 1, 1: 0, 2: 1}), total_blocks=1)
+    unfreezer = ProgressiveUnfreezer(net.make_blocks(), package.Lookahead(inner), schedule, on_refreeze="drop")
+    parameter = net.blocks[0][0].weight  # type: ignore[index]
+    steps = []
+    for epoch in range(3):
+        unfreezer.apply(epoch)
+        steps.append(parameter in inner.state)
+        net(torch.ones(2, 4).double()).sum().backward()
+        unfreezer.rebuilder.optimizer.step()
+    assert steps == [False, False, False]
+    assert int(inner.state[parameter]["step"]) == 1  # type: ignore[index]
+
+
+def test_block_names_are_one_rebuilders() -> None:
+    """Another encoder's blocks of the same names on the same optimizer are refused rather than mixed up."""
+    net, other = Net(1), Net(1)
+    optimizer = torch.optim.SGD(net.head.parameters(), lr=0.1)
+    OptimizerRebuilder(optimizer, net.make_blocks()).sync()
+    with pytest.raises(
+        ValueError, match=r"`blocks` must have names of their own, got 'block0', under which the optimizer"
+    ):
+        OptimizerRebuilder(optimizer, other.make_blocks())
+
+
+@pytest.mark.parametrize("value", ["yes", 3])
+def test_no_decay_is_a_flag_or_a_function(value: Any) -> None:
+    """Anything else is a TypeError that says what is taken."""
+    net = Net(1)
+    with pytest.raises(TypeError, match="`no_decay` must be True, False or a function of name and parameter, got"):
+        OptimizerRebuilder(torch.optim.SGD(net.head.parameters()), net.make_blocks(), no_decay=value)
+
+
+def test_a_single_block_is_no_sequence() -> None:
+    """A block outside of a list is named for what it is."""
+    net = Net(1)
+    with pytest.raises(
+        TypeError, match=r"`blocks` must be a sequence of blocks, got Block; put a single one in a list"
+    ):
+        OptimizerRebuilder(torch.optim.SGD(net.head.parameters()), net.make_blocks()[0])  # type: ignore[arg-type]

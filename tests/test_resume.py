@@ -144,6 +144,13 @@ def test_a_damaged_checkpoint(damage: str, uninterrupted: tuple[Path, float], tm
     assert path.read_bytes() == broken
 
 
+def test_arguments_of_another_version(tmp_path: Path, capsys: Any) -> None:
+    """Arguments that this version does not know are one line, not a traceback."""
+    (tmp_path / "arguments.json").write_text('{"a": 1}')
+    assert main(["distill", "--resume", str(tmp_path)]) == 2
+    assert "cannot be read (arguments of another version); give the folder" in capsys.readouterr().err
+
+
 def test_nothing_to_resume(tmp_path: Path, capsys: Any) -> None:
     """A folder that holds no run is one line that says what is expected."""
     assert main(["distill", "--resume", str(tmp_path)]) == 2

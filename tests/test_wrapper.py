@@ -183,19 +183,51 @@ def test_exactly_so_many_blocks(teacher: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "message"),
+    ("number", "error", "message"),
     [
-        (5, r"`milestones\[0\]` must be at most `total_blocks`, 4, got 5"),
-        (-1, r"must be an integer of at least 0, got -1"),
-        (True, r"must be an integer of at least 0, got True"),
+        (5, ValueError, r"`num_blocks` must be at most 4, got 5; the encoder has no more blocks"),
+        (-1, ValueError, r"`num_blocks` must be an integer of at least 0, got -1; the encoder has 4 blocks"),
+        (True, TypeError, r"`num_blocks` must be an integer of at least 0, got True; the encoder has 4 blocks"),
+        ("1", TypeError, r"`num_blocks` must be an integer of at least 0, got '1'; the encoder has 4 blocks"),
     ],
 )
-def test_a_wrong_number_of_blocks(teacher: Path, number: Any, message: str) -> None:
-    """A number that the encoder does not have is refused, and nothing changes."""
+def test_a_wrong_number_of_blocks(teacher: Path, number: Any, error: type[Exception], message: str) -> None:
+    """A number that the encoder does not have is refused by name, and nothing changes."""
     model = make(teacher)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(error, match=message):
         model.unfreeze_encoder_blocks(number)
     assert not any(p.requires_grad for p in model.student.encoder.parameters())
+
+
+def test_schedulers_without_their_optimizer(teacher: Path) -> None:
+    """LR schedulers without the optimizer would be ignored in silence; they are refused."""
+    model = make(teacher)
+    scheduler = torch.optim.lr_scheduler.StepLR(torch.optim.SGD(model.student.get_decoder_parameters()), 1)
+    with pytest.raises(ValueError, match=r"`optimizer` must be given with `lr_schedulers`, got None; pass the one"):
+        model.unfreeze_encoder_blocks(1, lr_schedulers=[scheduler])
+    assert not any(p.requires_grad for p in model.student.encoder.parameters())
+
+
+def test_another_teacher_cannot_be_assigned(teacher: Path) -> None:
+    """Assigning a teacher would make a trained and saved child of it; it is refused."""
+    model = make(teacher)
+    with pytest.raises(AttributeError, match=r"`teacher` must be the one of the checkpoint, got another; make a new"):
+        model.teacher = model.teacher
+    assert not any(key.startswith("teacher") for key in model.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("keywords", "error", "message"),
+    [
+        ({"classes": True}, TypeError, r"`classes` must be an integer of at least 1, got True; 1 is a binary mask"),
+        ({"classes": 0}, ValueError, r"`classes` must be an integer of at least 1, got 0; 1 is a binary mask"),
+        ({"student_weights": True}, TypeError, r"`student_weights` must be 'imagenet', None or a path, got True; None"),
+    ],
+)
+def test_wrong_arguments(teacher: Path, keywords: Any, error: type[Exception], message: str) -> None:
+    """Each wrong argument is named with its value and one fix."""
+    with pytest.raises(error, match=message):
+        make(teacher, **keywords)
 
 
 # Weights that do not fit, or are not there.

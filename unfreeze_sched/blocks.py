@@ -167,6 +167,10 @@ def validate_blocks(blocks: Iterable[Block]) -> tuple[Block, ...]:
         ...
         ValueError: `blocks` must not share a parameter, got 'a/bias' in 'a' and 'b'; leave it in one of them
     """
+    if not isinstance(blocks, Iterable):
+        raise TypeError(
+            f"`blocks` must be a sequence of blocks, got {type(blocks).__name__}; put a single one in a list"
+        )
     blocks = tuple(blocks)
     if not blocks:
         raise ValueError("`blocks` must hold at least one block, got none; make them with encoder_blocks(model)")

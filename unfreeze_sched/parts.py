@@ -44,6 +44,7 @@ def divide(index: int, block: Block, no_decay: bool | Overrides, keys: Iterable[
         The parts, the one without overrides first, in the order of their first parameters; none is empty.
 
     Raises:
+        TypeError: `no_decay` is neither a bool nor a function.
         ValueError: An override of something that the template's group does not have, or of its learning rate.
 
     Example:
@@ -51,6 +52,11 @@ def divide(index: int, block: Block, no_decay: bool | Overrides, keys: Iterable[
         >>> [(part.overrides, len(part.named)) for part in divide(0, block, True, ["lr", "weight_decay"])]
         [({}, 1), ({'weight_decay': 0.0}, 1)]
     """
+    if not isinstance(no_decay, bool) and not callable(no_decay):
+        raise TypeError(
+            f"`no_decay` must be True, False or a function of name and parameter, got {no_decay!r}; True is for norms "
+            "and biases"
+        )
     overrides_of = _no_decay if no_decay is True else no_decay or _nothing
     known = set(keys) - {"params", "param_names", "lr", "initial_lr"}
     kinds: list[tuple[dict[str, Any], list[Named]]] = [({}, [])]

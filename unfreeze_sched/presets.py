@@ -86,7 +86,7 @@ def _milestones(value: Any) -> Milestones:
     last = -1
     for key, number in value.items():
         # JSON has string keys alone, so the decimal form of an epoch is read as that epoch.
-        epoch = int(key) if isinstance(key, str) and re.fullmatch(r"0|[1-9][0-9]*", key) else key
+        epoch = int(key) if isinstance(key, str) and re.fullmatch(r"0|[1-9][0-9]{0,17}", key) else key
         try:
             epoch = as_count(epoch, "milestones", minimum=0, fix="its keys are 0-based epochs, such as 10")
             blocks = as_count(number, f"milestones[{epoch}]", minimum=0, fix="it is a number of blocks, such as 1")

@@ -269,8 +269,9 @@ class OptimizerRebuilder:
                 group["param_names"][:] = [name for name, parameter in pairs if id(parameter) not in leaving]
             group["params"][:] = [parameter for parameter in group["params"] if id(parameter) not in leaving]
         left = [named for named in part.named if id(named[1]) in leaving]
-        for _, parameter in left:
-            self.optimizer.state.pop(parameter, None)
+        for layer in optimizers.layers(self.optimizer):  # a wrapper's state need not be that of what it wraps
+            for _, parameter in left:
+                layer.state.pop(parameter, None)
         return [name for name, _ in left]
 
     def _checked_template(self, template: int) -> int:
@@ -305,6 +306,13 @@ class OptimizerRebuilder:
             for parameter in group["params"]
             if id(parameter) in homes and group.get(BLOCK_KEY) != homes[id(parameter)][1]
         ]
+        names = {block.name for block in self.blocks}
+        for group in self.optimizer.param_groups:
+            if group.get(BLOCK_KEY) in names and any(id(parameter) not in homes for parameter in group["params"]):
+                raise ValueError(
+                    f"`blocks` must have names of their own, got {group[BLOCK_KEY]!r}, under which the optimizer holds "
+                    "other parameters already; rename the block"
+                )
         if strangers:
             more = f" and {len(strangers) - 1} more" if len(strangers) > 1 else ""
             raise ValueError(

@@ -71,7 +71,7 @@ class UnfreezeSchedule(FrozenModel):
         elif isinstance(preset, RatePreset):
             field, start = "unfreeze_start_epoch", preset.unfreeze_start_epoch
         else:
-            return self  # a share of the run is never past its end
+            return self  # a share lies within the run; where it rounds up to its end, the formula stands
         if start >= self.total_epochs:
             raise ValueError(
                 f"`{field}` must start before `total_epochs`, {self.total_epochs}, got {start}; "

@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 from torch.optim import Optimizer
 
-from unfreeze_sched.blocks import Block
+from unfreeze_sched.blocks import Block, validate_blocks
 from unfreeze_sched.freezing import Norms, drop_gradients, hold_in_eval, norms_of, release, set_requires_grad
 from unfreeze_sched.parts import Overrides
 from unfreeze_sched.rebuilder import UNCHANGED, GroupChange, Membership, OnRefreeze, OptimizerRebuilder
@@ -76,7 +76,7 @@ class ProgressiveUnfreezer:
                 f"`norms` must be one of {', '.join(get_args(Norms))}, got {norms!r}; 'eval' is the default"
             )
         scale = schedule.preset.learning_rate_scale if learning_rate_scale is None else learning_rate_scale
-        blocks = tuple(blocks)
+        blocks = validate_blocks(blocks)
         if len(blocks) != schedule.total_blocks:
             raise ValueError(
                 f"`schedule` must be for the {len(blocks)} blocks given, got total_blocks={schedule.total_blocks}; "

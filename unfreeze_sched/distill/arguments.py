@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="side in pixels, a multiple of 32 (default: 128)",
     )
-    data.add_argument("--batch-size", type=_integer(1), default=16, metavar="N", help="default: 16")
+    data.add_argument("--batch-size", type=_integer(2), default=16, metavar="N", help="default: 16")
 
     networks = parser.add_argument_group("networks")
     networks.add_argument(
@@ -89,7 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     training.add_argument(
         "--lr", type=_number(), default=1e-3, metavar="X", help="the head's learning rate (default: 0.001)"
     )
-    training.add_argument("--seed", type=_integer(0), default=0, metavar="N", help="default: 0")
+    training.add_argument("--seed", type=_integer(0, most=2**63 - 1), default=0, metavar="N", help="default: 0")
     training.add_argument("--device", metavar="NAME", help="default: cuda where there is one, else cpu")
     training.add_argument(
         "--resume", metavar="DIR", help="go on with an interrupted run, by its folder; all else is as it was begun with"
@@ -119,15 +119,15 @@ def preset_from(args: argparse.Namespace, n_images: int) -> RatePreset | None:
     return preset.replace(**{name: value for name, value in flags.items() if value is not None})
 
 
-def _integer(minimum: int, of: int = 1) -> Callable[[str], int]:
+def _integer(minimum: int, of: int = 1, most: int | None = None) -> Callable[[str], int]:
     def parse(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
             value = minimum - 1
-        if value < minimum or value % of:
-            multiple = f" and a multiple of {of}" if of > 1 else ""
-            raise argparse.ArgumentTypeError(f"must be an integer of at least {minimum}{multiple}, got {text!r}")
+        if value < minimum or value % of or (most is not None and value > most):
+            more = (f" and a multiple of {of}" if of > 1 else "") + ("" if most is None else f" and at most {most}")
+            raise argparse.ArgumentTypeError(f"must be an integer of at least {minimum}{more}, got {text!r}")
         return value
 
     return parse

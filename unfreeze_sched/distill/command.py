@@ -13,8 +13,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from unfreeze_sched import MilestonePreset, UnfreezeSchedule, encoder_blocks
-from unfreeze_sched.distill.arguments import preset_from
+from unfreeze_sched import Block, MilestonePreset, UnfreezeSchedule, encoder_blocks
+from unfreeze_sched.distill.arguments import add_arguments, preset_from
 from unfreeze_sched.distill.checkpoints import classes_of, save_atomically
 from unfreeze_sched.distill.data import IMAGENET_MEAN, IMAGENET_STD, SegmentationData, load_folder, load_sample
 from unfreeze_sched.distill.imagenet import Normalisation, normalisation
@@ -37,31 +37,30 @@ def run(args: argparse.Namespace) -> None:
     """
     begin = time.perf_counter()
     console = Console(highlight=False, soft_wrap=True)
-    if args.resume is None:
-        output = _new_folder(args.output)
-        training, validation, test = _data(args)
-        _save_arguments(args, output)
-    else:
-        output = Path(args.resume)
-        args = _saved_arguments(output)
-        training, validation, test = _data(args)
+    resumed = args.resume is not None
+    output = Path(args.resume) if resumed else _new_folder(args.output)
+    args = _saved_arguments(output) if resumed else args
     settings = Settings(args.epochs, args.lr, args.batch_size, args.seed, _device(args.device))
+    training, validation, test = _data(args)
     n_images = len(training) + len(validation)
     classes = _classes(args.teacher, training)
     console.print(
         f"{n_images} training images, {len(validation)} of them for validation, {len(test)} for the test; "
         f"{training.classes} classes; {settings.device}; into {output}"
     )
+    # All that can be refused is, before a teacher has been trained for nothing.
+    for line in _plan(*_foreseen(args, classes, settings, n_images)):
+        console.print(line)
+    if not resumed:
+        _save_arguments(args, output)
     with _Teller(console, output) as teller:
         teacher = args.teacher
         if teacher is None:
             teacher = _train_teacher(args, classes, training, validation, settings, output, teller)
-        student, schedule = _student(args, teacher, classes, settings, n_images)
-        for line in _plan(student, schedule):
-            console.print(line)
+        student = _student(args, teacher, classes, settings, n_images)
         arms = [student]
         if args.compare_frozen:
-            frozen, _ = _student(args, teacher, classes, settings, n_images)
+            frozen = _student(args, teacher, classes, settings, n_images)
             arms.append(replace(frozen, name="frozen", schedule=_constant(0, len(frozen.blocks))))
         records = {}
         for arm in arms:
@@ -157,26 +156,41 @@ def _train_teacher(
     return path
 
 
-def _student(
-    args: argparse.Namespace, teacher: Any, classes: int, settings: Settings, n_images: int
-) -> tuple[Arm, UnfreezeSchedule]:
-    preset = preset_from(args, n_images)
+def _student(args: argparse.Namespace, teacher: Any, classes: int, settings: Settings, n_images: int) -> Arm:
     torch.manual_seed(settings.seed)
     wrapper = DistillationUNetWrapper(
         args.student_encoder,
         teacher,
-        progressive_unfreeze=preset is not None,
+        progressive_unfreeze=preset_from(args, n_images) is not None,
         teacher_encoder=args.teacher_encoder,
         classes=classes,
-        student_weights=None if args.student_weights == "none" else args.student_weights,
+        student_weights=_weights(args),
     ).to(settings.device)
-    blocks = wrapper.blocks
+    schedule, scale = _schedule(args, len(wrapper.blocks), settings.epochs, n_images)
+    return Arm("student", wrapper.student, wrapper, wrapper.blocks, schedule, scale, args.norms, DistillationLoss())
+
+
+def _schedule(args: argparse.Namespace, blocks: int, epochs: int, n_images: int) -> tuple[UnfreezeSchedule, float]:
+    """The student's schedule, and the ratio of its blocks' learning rates to the head's."""
+    preset = preset_from(args, n_images)
     if preset is None:  # as in the guide, the encoder trains from the start
-        schedule, scale = _constant(len(blocks), len(blocks)), args.learning_rate_scale or 1.0
-    else:
-        schedule = UnfreezeSchedule(preset=preset, total_blocks=len(blocks), total_epochs=settings.epochs)
-        scale = preset.learning_rate_scale
-    return Arm("student", wrapper.student, wrapper, blocks, schedule, scale, args.norms, DistillationLoss()), schedule
+        return _constant(blocks, blocks), args.learning_rate_scale or 1.0
+    schedule = UnfreezeSchedule(preset=preset, total_blocks=blocks, total_epochs=epochs)
+    return schedule, preset.learning_rate_scale
+
+
+def _foreseen(
+    args: argparse.Namespace, classes: int, settings: Settings, n_images: int
+) -> tuple[tuple[Block, ...], UnfreezeSchedule]:
+    """The student's blocks and schedule, with all that its construction may refuse."""
+    unet = build_unet(StudentUnet, args.student_encoder, classes)
+    load_student_weights(unet.encoder, args.student_encoder, _weights(args))
+    blocks = encoder_blocks(unet)
+    return blocks, _schedule(args, len(blocks), settings.epochs, n_images)[0]
+
+
+def _weights(args: argparse.Namespace) -> str | None:
+    return None if args.student_weights == "none" else args.student_weights
 
 
 def _constant(number: int, total: int) -> UnfreezeSchedule:
@@ -184,9 +198,9 @@ def _constant(number: int, total: int) -> UnfreezeSchedule:
     return UnfreezeSchedule(preset=MilestonePreset(milestones={0: number}), total_blocks=total, total_epochs=1)
 
 
-def _plan(student: Arm, schedule: UnfreezeSchedule) -> list[str]:
+def _plan(blocks: tuple[Block, ...], schedule: UnfreezeSchedule) -> list[str]:
     """What will join when, and what never will."""
-    names = [block.name for block in student.blocks][::-1]
+    names = [block.name for block in blocks][::-1]
     lines = [f"epoch {epoch}: {number} of {len(names)} blocks train" for epoch, number in schedule.transitions()]
     never = names[schedule.blocks_at(schedule.total_epochs) :]
     if never:
@@ -227,7 +241,7 @@ def _device(name: str | None) -> str:
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
+        torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError) as error:
         raise ValueError(
             f"`--device` must be a device of this machine, got {name!r}; leave it out or say cpu"
@@ -248,13 +262,19 @@ def _save_arguments(args: argparse.Namespace, output: Path) -> None:
 
 def _saved_arguments(output: Path) -> argparse.Namespace:
     path = output / "arguments.json"
+    known = argparse.ArgumentParser()
+    add_arguments(known)
+    expected, problem = set(vars(known.parse_args([]))), "arguments of another version"
     try:
-        return argparse.Namespace(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
+        saved = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        saved, problem = None, type(error).__name__
+    if not isinstance(saved, dict) or set(saved) != expected:
         raise ValueError(
             f"`--resume` must be the folder of a run of this command, got {output}, whose arguments.json cannot be "
-            f"read ({type(error).__name__}); give the folder that the run named at its start"
-        ) from error
+            f"read ({problem}); give the folder that the run named at its start"
+        )
+    return argparse.Namespace(**saved)
 
 
 def _new_folder(name: str | None) -> Path:

@@ -154,7 +154,9 @@ def train(
         CheckpointError: The folder's checkpoint is damaged, or of another run.
     """
     device = torch.device(settings.device)
-    steps = -(-len(training) // settings.batch_size)
+    # A batch norm cannot train on one value a channel, which a last batch of one small image may come to.
+    lone = len(training) > settings.batch_size and len(training) % settings.batch_size == 1
+    steps = len(training) // settings.batch_size if lone else -(-len(training) // settings.batch_size)
     optimizer = torch.optim.AdamW(arm.unet.get_decoder_parameters(), lr=settings.lr)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.epochs * steps)
     unfreezer = ProgressiveUnfreezer(
@@ -183,9 +185,8 @@ def train(
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         saved_bytes = records[-1].saved_bytes if records else 0
-        loader = DataLoader(
-            training.epoch(epoch_generator(settings.seed, epoch), jitter=0.2), batch_size=settings.batch_size
-        )
+        view = training.epoch(epoch_generator(settings.seed, epoch), jitter=0.2)
+        loader = DataLoader(view, batch_size=settings.batch_size, drop_last=lone)
         for step, (images, masks) in enumerate(_on(device, loader)):
             if step == 0 and (change or epoch == 0):
                 with saved_for_backward(arm.unet) as saved:

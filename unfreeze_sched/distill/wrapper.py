@@ -32,6 +32,7 @@ from unfreeze_sched import (
     UnfreezeSchedule,
     encoder_blocks,
 )
+from unfreeze_sched._fields import as_count
 from unfreeze_sched.distill.checkpoints import load_encoder_weights, load_segmentation_state
 from unfreeze_sched.distill.imagenet import has_imagenet_package, load_imagenet_weights
 from unfreeze_sched.freezing import freeze, unfreeze
@@ -92,6 +93,11 @@ class DistillationUNetWrapper(nn.Module):
         student_weights: PathLike | None = "imagenet",
     ) -> None:
         super().__init__()
+        classes = as_count(classes, "classes", minimum=1, fix="1 is a binary mask")
+        if student_weights is not None and not isinstance(student_weights, (str, os.PathLike)):
+            raise TypeError(
+                f"`student_weights` must be 'imagenet', None or a path, got {student_weights!r}; None leaves it random"
+            )
         if teacher_checkpoint_path is None:
             raise ValueError(
                 "`teacher_checkpoint_path` must be the file of a trained teacher, got None; "
@@ -150,8 +156,15 @@ class DistillationUNetWrapper(nn.Module):
 
         Raises:
             TypeError: `num_blocks` is no integer.
-            ValueError: `num_blocks` is out of range, or the optimizer refuses; then nothing has changed.
+            ValueError: `num_blocks` is out of range, schedulers are given without their optimizer, or the optimizer
+                refuses; then nothing has changed.
         """
+        total = len(self._blocks)
+        num_blocks = as_count(num_blocks, "num_blocks", minimum=0, fix=f"the encoder has {total} blocks")
+        if num_blocks > total:
+            raise ValueError(f"`num_blocks` must be at most {total}, got {num_blocks}; the encoder has no more blocks")
+        if optimizer is None and lr_schedulers:
+            raise ValueError("`optimizer` must be given with `lr_schedulers`, got None; pass the one that they drive")
         # One epoch with this number: the idempotent step of the library, with no schedule of its own.
         schedule = UnfreezeSchedule(
             preset=MilestonePreset(milestones={0: num_blocks}, learning_rate_scale=learning_rate_scale),
@@ -165,6 +178,11 @@ class DistillationUNetWrapper(nn.Module):
             for index, block in enumerate(self._blocks):
                 (freeze if index < frozen else unfreeze)(block)
         return [parameter for parameter in self.student.encoder.parameters() if parameter.requires_grad]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "teacher":  # nn.Module would make a child of it, trained and saved with the student
+            raise AttributeError("`teacher` must be the one of the checkpoint, got another; make a new wrapper")
+        super().__setattr__(name, value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.teacher._apply(fn, recurse)  # type: ignore[no-untyped-call]  # noqa: SLF001  # `to()` calls it on children
