@@ -18,6 +18,8 @@ import torch
 pytest.importorskip("segmentation_models_pytorch")
 Image = pytest.importorskip("PIL.Image")
 
+from images import write_images  # noqa: E402  # after the skips
+
 from unfreeze_sched.cli import main  # noqa: E402  # after the skips
 
 pytestmark = pytest.mark.filterwarnings("ignore:`timm-` encoders are deprecated:DeprecationWarning")
@@ -30,17 +32,7 @@ WORDS = [
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    generator = np.random.default_rng(0)
-    for part in ("images", "masks"):
-        (folder / part).mkdir()
-    for index in range(14):
-        mask = np.zeros((36, 40), np.uint8)
-        mask[4:20, 4:20], mask[20:32, 10:36] = 1, 2
-        pixels = (80 * mask[..., None] + generator.integers(0, 60, (36, 40, 3))).astype(np.uint8)
-        Image.fromarray(pixels).save(folder / "images" / f"{index:02}.png")
-        Image.fromarray(mask).save(folder / "masks" / f"{index:02}.png")
-    return folder
+    return write_images(tmp_path_factory.mktemp("data"), 14)
 
 
 def command(*words: str) -> list[str]:

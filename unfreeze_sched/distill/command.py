@@ -16,8 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from unfreeze_sched import Block, MilestonePreset, UnfreezeSchedule, encoder_blocks
 from unfreeze_sched.distill.arguments import add_arguments, preset_from
 from unfreeze_sched.distill.checkpoints import classes_of, save_atomically
-from unfreeze_sched.distill.data import IMAGENET_MEAN, IMAGENET_STD, SegmentationData, load_folder, load_sample
-from unfreeze_sched.distill.imagenet import Normalisation, normalisation
+from unfreeze_sched.distill.data import SegmentationData, load_folder, load_sample
+from unfreeze_sched.distill.imagenet import IMAGENET_NORMALISATION, Normalisation, normalisation
 from unfreeze_sched.distill.loss import DistillationLoss
 from unfreeze_sched.distill.report import draw_report, phase_table
 from unfreeze_sched.distill.training import Arm, EpochRecord, Settings, evaluate, imitating, train
@@ -229,7 +229,7 @@ def _normalisation(encoder: str) -> Normalisation:
     try:
         return normalisation(encoder)
     except ValueError:  # a name that timm does not know; most of these weights were trained with the usual constants
-        return IMAGENET_MEAN, IMAGENET_STD
+        return IMAGENET_NORMALISATION
 
 
 def _classes(teacher: str | None, data: SegmentationData) -> int:

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from unfreeze_sched.distill.checkpoints import CheckpointError, refuse_misfits
+from unfreeze_sched.distill.data import IMAGENET_MEAN, IMAGENET_STD
 
 Normalisation = tuple[tuple[float, float, float], tuple[float, float, float]]
 
-IMAGENET_NORMALISATION: Normalisation = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+IMAGENET_NORMALISATION: Normalisation = (IMAGENET_MEAN, IMAGENET_STD)
 """Mean and standard deviation of most ImageNet weights, torchvision's among them; of RGB in [0, 1]."""
 
 # timm's name -> (package, class that knows where its file lies).
