@@ -106,12 +106,6 @@ def short(refusal: str) -> str:
     )
 
 
-def as_markdown(rows: list[dict[str, str]]) -> str:
-    """A table of rows with equal keys."""
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
 def counts(rows: list[dict[str, str]]) -> str:
     """How many rows of each column have which kind of verdict."""
     lines = []
@@ -149,7 +143,7 @@ rates, momenta and the schedulers' own states, for the common ways the rates alo
 
 {counts(of_schedulers)}
 
-{as_markdown(of_schedulers)}
+{schedulers.as_markdown(of_schedulers)}
 
 ## Optimizers
 
@@ -160,7 +154,7 @@ joining parameters, or, where all parameters are coupled, with the run from the 
 
 {counts(of_optimizers)}
 
-{as_markdown(of_optimizers)}
+{schedulers.as_markdown(of_optimizers)}
 """
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "conformance.md").write_text(text)
