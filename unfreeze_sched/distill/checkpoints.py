@@ -6,6 +6,7 @@ import os
 import re
 import uuid
 import warnings
+import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -229,7 +230,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Any:
     """What `torch.load` finds in a file, without running any of its code.
 
     Raises:
-        CheckpointError: The file is missing, damaged, no checkpoint, or holds objects that would run code.
+        CheckpointError: The file is missing, damaged (to a single bit, where it has the checksums that `torch.save`
+            writes), no checkpoint, or holds objects that would run code.
     """
     file = Path(path)
     if file.is_dir():
@@ -242,6 +244,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Any:
         with warnings.catch_warnings():
             # Any pickle at all makes torch warn of its protocol; the error below says what matters.
             warnings.filterwarnings("ignore", message="Detected pickle protocol", category=UserWarning)
+            _check_sums(file)
             return torch.load(file, map_location="cpu", weights_only=True)
     except PermissionError as error:
         raise CheckpointError(f"{path}: must be readable, got {error.strerror}; change its permissions") from None
@@ -259,6 +262,22 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Any:
         ) from None
 
 
+def _check_sums(path: Path) -> None:
+    """Refuse a zip whose records do not match their checksums, which `torch.load` does not look at.
+
+    Raises:
+        zipfile.BadZipFile, or nearly anything else: The file is damaged.
+    """
+    with path.open("rb") as file:
+        if file.read(4) != b"PK\3\4":  # how torch tells a zip from its older format, which has no checksums
+            return
+        with zipfile.ZipFile(file) as records:
+            # torch.serialization.set_crc32_options(False) writes 0 for all of them.
+            summed = any(record.CRC for record in records.infolist())
+            if summed and (name := records.testzip()) is not None:
+                raise zipfile.BadZipFile(f"{name} does not match its checksum")
+
+
 def _state_of(content: Any, path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The state dict in what a file holds."""
     state = content
@@ -273,7 +292,18 @@ def _state_of(content: Any, path: str | os.PathLike[str]) -> dict[str, Tensor]:
             f"{path}: must hold a state dict, got values that are no tensors ({_few(others)}); "
             'save `model.state_dict()`, alone or under "state_dict"'
         )
+    odd = [key for key, value in state.items() if not _is_plain(value)]
+    if odd:  # a parameter could not take them, and the others would be loaded by then
+        raise CheckpointError(
+            f"{path}: must hold plain tensors of real numbers, got others ({_few(odd)}); "
+            "save the model's own `state_dict()`"
+        )
     return dict(state)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether any parameter of the same shape can be filled from a tensor."""
+    return tensor.layout == torch.strided and not (tensor.is_meta or tensor.is_quantized or tensor.is_complex())
 
 
 def _prefix(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], parts: tuple[str, ...]) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -18,6 +19,7 @@ from unfreeze_sched.distill.data import SegmentationData, epoch_generator
 from unfreeze_sched.distill.loss import DistillationLoss
 from unfreeze_sched.distill.memory import saved_for_backward
 from unfreeze_sched.distill.metrics import confusion_matrix, mean_iou
+from unfreeze_sched.distill.restore import restore
 from unfreeze_sched.freezing import Norms
 from unfreeze_sched.rebuilder import BLOCK_KEY
 
@@ -240,17 +242,26 @@ def _go_on(parts: dict[str, Any], path: Path, device: torch.device) -> list[Epoc
             f"{path}: must be a checkpoint of this command, got another file; remove it to begin anew"
         )
     try:
-        # The unfreezer first, which replays the groups that the others' states are of.
-        for name in ("unfreezer", "scheduler", "model", "optimizer"):
-            parts[name].load_state_dict(saved[name])
-        records = [EpochRecord(**{**record, "joined": tuple(record["joined"])}) for record in saved["records"]]
-    except (ValueError, RuntimeError, TypeError, KeyError) as error:
+        records = _records_of(saved["records"])
+        for kind in _random_state(device):
+            torch.Generator(kind).set_state(saved["random"][kind])
+        restore(parts, saved)
+    except Exception as error:  # a state that does not fit makes torch raise nearly anything
+        text = " ".join(str(error).split())[:400] or type(error).__name__
         raise CheckpointError(
-            f"{path}: must be a checkpoint of this run, got one that does not fit ({error}); resume with its own folder"
+            f"{path}: must be a checkpoint of this run, got one that does not fit ({text}); resume with its own folder"
         ) from error
     torch.set_rng_state(saved["random"]["cpu"])
     if device.type == "cuda":
         torch.cuda.set_rng_state(saved["random"]["cuda"], device)
+    return records
+
+
+def _records_of(saved: Any) -> list[EpochRecord]:
+    records = [EpochRecord(**{**record, "joined": tuple(record["joined"])}) for record in saved]
+    TypeAdapter(list[EpochRecord]).validate_python([record.as_dict() for record in records])
+    if [record.epoch for record in records] != list(range(len(records))):
+        raise ValueError("records of other epochs")
     return records
 
 
