@@ -255,7 +255,7 @@ def test_a_refused_apply_changes_nothing() -> None:
     net, optimizer, unfreezer = make()
     unfreezer.apply(0)
     lr_scheduler.StepLR(optimizer, 1)  # not passed, so the next change is refused
-    for p in net.parameters():
+    for p in net.blocks.parameters():
         p.grad = torch.ones_like(p)
     grads = [p.grad for p in net.parameters()]
     with pytest.raises(ValueError, match="`lr_schedulers` must hold the LR scheduler"):

@@ -12,8 +12,12 @@ from torch.optim import Optimizer
 from unfreeze_sched import lr_schedulers as rows
 from unfreeze_sched import optimizers
 from unfreeze_sched._fields import as_count
+from unfreeze_sched.accumulation import Accumulation
 from unfreeze_sched.blocks import Block, validate_blocks
+from unfreeze_sched.ownership import Owners, refuse_members
+from unfreeze_sched.parallel import refuse_engine
 from unfreeze_sched.parts import Named, Overrides, Part, divide
+from unfreeze_sched.probe import FirstStep, Probe
 from unfreeze_sched.warmup import Warmup
 
 BLOCK_KEY = "unfreeze_block"
@@ -79,6 +83,9 @@ class OptimizerRebuilder:
             is like your own first one that has these values already, else like the template.
         warmup_steps: Optimizer steps over which a joining group's learning rate rises linearly, step i (0-based) at
             `(i + 1) / warmup_steps` of its own; no LR scheduler sees it.
+        probe: Before the first step after parameters joined, `"ranks"` and `"local"` warn of those that no gradient
+            reached, and `"ranks"` also raises where their gradients differ across the ranks of a process group, as
+            under a DDP that does not cover them; `"off"` does neither.
 
     Raises:
         TypeError: An argument of the wrong type, or a scheduler of an unknown class.
@@ -109,6 +116,7 @@ class OptimizerRebuilder:
         membership: Membership = "late",
         no_decay: bool | Overrides = False,
         warmup_steps: int = 0,
+        probe: Probe = "ranks",
     ) -> None:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"`optimizer` must be a torch optimizer, got {type(optimizer).__name__}; pass the live one")
@@ -128,12 +136,17 @@ class OptimizerRebuilder:
         optimizers.refuse(
             optimizer, self._template, self._ratios, late=membership == "late", drops=on_refreeze == "drop"
         )
-        self.parameters = tuple(tuple(block.parameters()) for block in self.blocks)
+        refuse_engine(optimizer, self.blocks)
+        self.named = tuple(tuple(block.named_parameters()) for block in self.blocks)
         own = optimizer.param_groups[self._template].keys()
         self._parts = [divide(index, block, no_decay, own) for index, block in enumerate(self.blocks)]
-        self._refuse_members()
+        refuse_members(optimizer, self.blocks, BLOCK_KEY)
+        self.owners = Owners(self.blocks)
         as_count(warmup_steps, "warmup_steps", minimum=0, fix="it is a number of optimizer steps")
-        self._warmup = Warmup(optimizers.innermost(optimizer), warmup_steps) if warmup_steps else None
+        stepping = optimizers.innermost(optimizer)
+        self.first_step = FirstStep(stepping, probe)
+        self.accumulation = Accumulation(stepping, self._template)
+        self._warmup = Warmup(stepping, warmup_steps) if warmup_steps else None
         if self.membership == "late":
             self._checked_schedulers()
         else:
@@ -147,10 +160,11 @@ class OptimizerRebuilder:
 
         Raises:
             ValueError: The change would go wrong; optimizer, schedulers and model are as they were.
+            RuntimeError: The model no longer holds a block's parameter, or an accumulation is not over; likewise.
         """
         return self.sync_blocks(self._from_deep())
 
-    def sync_blocks(self, indices: Iterable[int], met: int = 0) -> GroupChange:
+    def sync_blocks(self, indices: Sequence[int], met: int = 0) -> GroupChange:
         """As `sync`, for some of the blocks.
 
         Args:
@@ -158,6 +172,7 @@ class OptimizerRebuilder:
             met: Number of blocks, from the deep end, that get their group even where they are frozen now, since they
                 were trainable before.
         """
+        self.owners.refuse_orphans(indices)
         joins: list[tuple[Part, list[Named]]] = []
         leaves: list[tuple[Part, set[int]]] = []
         drop = self.on_refreeze == "drop"
@@ -193,6 +208,7 @@ class OptimizerRebuilder:
 
     def _change(self, joins: list[tuple[Part, list[Named]]], leaves: list[tuple[Part, set[int]]]) -> GroupChange:
         """Carry out a diff: everything that can be refused is refused before anything is changed."""
+        self.accumulation.refuse_pending()
         fills: list[tuple[dict[str, Any], int, list[Named]]] = []
         adds: list[_Add] = []
         for part, joining in joins:
@@ -208,6 +224,8 @@ class OptimizerRebuilder:
             for group in [*(add[0] for add in adds), *(fill[0] for fill in fills)]:
                 if group["params"]:
                     self._warmup.begin(group)
+        for _, joining in joins:
+            self.first_step.watch(joining)
         dropped = [name for part, leaving in leaves for name in self._drop(part, leaving)]
         return GroupChange(tuple(name for _, joining in joins for name, _ in joining), tuple(dropped))
 
@@ -294,31 +312,6 @@ class OptimizerRebuilder:
             )
         rows.refuse_unknown(self.lr_schedulers, list(optimizers.layers(self.optimizer)))
         return self.lr_schedulers
-
-    def _refuse_members(self) -> None:
-        """Refuse block parameters in groups that are not their block's: they would be trained twice, or as the head."""
-        homes = {
-            id(parameter): (name, block.name) for block in self.blocks for name, parameter in block.named_parameters()
-        }
-        strangers = [
-            homes[id(parameter)][0]
-            for group in self.optimizer.param_groups
-            for parameter in group["params"]
-            if id(parameter) in homes and group.get(BLOCK_KEY) != homes[id(parameter)][1]
-        ]
-        names = {block.name for block in self.blocks}
-        for group in self.optimizer.param_groups:
-            if group.get(BLOCK_KEY) in names and any(id(parameter) not in homes for parameter in group["params"]):
-                raise ValueError(
-                    f"`blocks` must have names of their own, got {group[BLOCK_KEY]!r}, under which the optimizer holds "
-                    "other parameters already; rename the block"
-                )
-        if strangers:
-            more = f" and {len(strangers) - 1} more" if len(strangers) > 1 else ""
-            raise ValueError(
-                f"`optimizer` must not hold parameters of the blocks yet, got {strangers[0]}{more}; "
-                "build it from the other parameters alone, such as the head's"
-            )
 
 
 def _one_of(value: Any, name: str, allowed: tuple[str, ...]) -> Any:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any, get_args
 
+from torch import nn
 from torch.optim import Optimizer
 
 from unfreeze_sched.blocks import Block, validate_blocks
 from unfreeze_sched.freezing import Norms, drop_gradients, hold_in_eval, norms_of, release, set_requires_grad
 from unfreeze_sched.parts import Overrides
+from unfreeze_sched.probe import Probe
 from unfreeze_sched.rebuilder import UNCHANGED, GroupChange, Membership, OnRefreeze, OptimizerRebuilder
 from unfreeze_sched.schedule import UnfreezeSchedule
 
@@ -35,6 +38,7 @@ class ProgressiveUnfreezer:
         norms: `"eval"` holds the norm layers of frozen blocks in evaluation mode, even after `model.train()`;
             `"frozen"` holds them there after their block joined, too, so that the pretrained statistics stay, which
             suits small batches; `"train"` leaves their mode alone.
+        probe: `"ranks"`, `"local"` or `"off"`, as for `OptimizerRebuilder`.
 
     Raises:
         TypeError: An argument of the wrong type.
@@ -68,6 +72,7 @@ class ProgressiveUnfreezer:
         no_decay: bool | Overrides = False,
         warmup_steps: int = 0,
         norms: Norms = "eval",
+        probe: Probe = "ranks",
     ) -> None:
         if not isinstance(schedule, UnfreezeSchedule):
             raise TypeError(f"`schedule` must be an UnfreezeSchedule, got {type(schedule).__name__}; make one")
@@ -95,6 +100,7 @@ class ProgressiveUnfreezer:
             membership,
             no_decay,
             warmup_steps,
+            probe,
         )
         self._norms = tuple(norms_of(block) for block in blocks)
         self._applied: tuple[int, int] | None = None
@@ -118,10 +124,10 @@ class ProgressiveUnfreezer:
         Raises:
             TypeError: `epoch` is no integer.
             ValueError: `epoch` is negative, or the change is refused; then nothing has changed.
+            RuntimeError: The model no longer holds a block's parameter, or an accumulation is not over; likewise.
         """
         progress = self.schedule.progress_at(epoch)
-        groups = self.rebuilder.optimizer.param_groups
-        if progress == self._applied and groups is self._seen_groups and len(groups) == self._seen_length:
+        if progress == self._applied and self._is_as_left() and self.rebuilder.owners.look_whole():
             return UNCHANGED
         return self._bring_to(*progress)
 
@@ -183,33 +189,44 @@ class ProgressiveUnfreezer:
     def _layout(self) -> dict[str, dict[str, list[int]]]:
         return {block.name: {name: list(p.shape) for name, p in block.named_parameters()} for block in self.blocks}
 
+    def _is_as_left(self) -> bool:
+        """Whether the optimizer's groups are those that the last call left, and none was added or loaded since."""
+        groups = self.rebuilder.optimizer.param_groups
+        return groups is self._seen_groups and len(groups) == self._seen_length
+
     def _bring_to(self, number: int, peak: int) -> GroupChange:
         """Unfreeze the deepest `number` blocks and freeze the others; the deepest `peak` blocks get a group."""
-        groups = self.rebuilder.optimizer.param_groups
+        rebuilder = self.rebuilder
         total = len(self.blocks)
         depths = range(total)  # 0 is the deepest block
-        if self._applied is not None and groups is self._seen_groups and len(groups) == self._seen_length:
+        if self._applied is not None and self._is_as_left() and rebuilder.owners.look_whole():
             # All other blocks are as the last call left them.
             before, peak_before = self._applied
             depths = range(min(number, before), max(number, before, peak if peak > peak_before else 0))
-        changed = [(depth < number, total - 1 - depth) for depth in depths]
-        flipped = [
-            parameter
-            for trainable, index in changed
-            for parameter in set_requires_grad(self.rebuilder.parameters[index], requires_grad=trainable)
-        ]
+        indices = [total - 1 - depth for depth in depths]
+        thawing = [index for depth, index in zip(depths, indices, strict=True) if depth < number]
+        freezing = indices[len(thawing) :]
+        flipped: dict[int, list[nn.Parameter]] = {}
+        for index in indices:
+            parameters = (parameter for _, parameter in rebuilder.named[index])
+            if changed := set_requires_grad(parameters, requires_grad=index in thawing):
+                flipped[index] = changed
         try:
-            change = self.rebuilder.sync_blocks((index for _, index in changed), met=peak)
+            if flipped:
+                rebuilder.accumulation.refuse_pending()
+            change = rebuilder.sync_blocks(indices, met=peak)
         except Exception:
-            for parameter in flipped:
+            for parameter in chain(*flipped.values()):
                 parameter.requires_grad = not parameter.requires_grad
             raise
-        drop_gradients(flipped)
-        for trainable, index in changed:
-            if self.norms == "frozen" or (self.norms == "eval" and not trainable):
-                hold_in_eval(self._norms[index])
-            else:
-                release(self._norms[index])
+        drop_gradients(chain(*flipped.values()))
+        for index in thawing:
+            if index in flipped:
+                rebuilder.first_step.watch(rebuilder.named[index])
+            (hold_in_eval if self.norms == "frozen" else release)(self._norms[index])
+        for index in freezing:
+            (release if self.norms == "train" else hold_in_eval)(self._norms[index])
+        groups = rebuilder.optimizer.param_groups
         self._applied, self._seen_groups, self._seen_length = (number, peak), groups, len(groups)
         return change
 

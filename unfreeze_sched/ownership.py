@@ -1,0 +1,112 @@
+"""Who holds a parameter: the modules of its block, and the optimizer's groups."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from unfreeze_sched.blocks import Block
+
+
+class Owners:
+    """Notices a parameter that its block's modules no longer hold, such as after `load_state_dict(assign=True)`.
+
+    The optimizer would go on to train the old tensor, and the model would stand still. A parameter that is a member of
+    its block by itself has no module here that could tell.
+
+    Args:
+        blocks: The blocks, shallow to deep.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> owners = Owners([Block("first", (layer,))])
+        >>> layer.weight = nn.Parameter(layer.weight.detach().clone())
+        >>> owners.refuse_orphans([0])
+        Traceback (most recent call last):
+        ...
+        RuntimeError: `blocks` must hold the parameters that they were given with, got first/weight in none of \
+its modules any more (replaced, as by load_state_dict(assign=True), to_empty, weight_norm or fully_shard); make \
+optimizer and unfreezer after that
+    """
+
+    def __init__(self, blocks: Iterable[Block]) -> None:
+        self._blocks = tuple(blocks)
+        self._homes = [_homes(block) for block in self._blocks]
+        self._firsts = [homes[0] for homes in self._homes if homes]
+
+    def look_whole(self) -> bool:
+        """Whether each block still holds the first of its parameters: cheap, and what replaces one replaces all."""
+        return all(held.get(key) is parameter for held, key, parameter, _ in self._firsts)
+
+    def refuse_orphans(self, indices: Iterable[int]) -> None:
+        """Refuse blocks that do not hold one of their parameters any more.
+
+        Args:
+            indices: 0-based indices of the blocks to look at.
+
+        Raises:
+            RuntimeError: One of them does not, by name.
+        """
+        for index in indices:
+            moved = [
+                (name, parameter) for held, key, parameter, name in self._homes[index] if held.get(key) is not parameter
+            ]
+            if not moved:
+                continue
+            # A parametrization keeps the parameter in another module.
+            inside = set(map(id, self._blocks[index].parameters()))
+            orphans = [name for name, parameter in moved if id(parameter) not in inside]
+            if orphans:
+                more = f" and {len(orphans) - 1} more" if len(orphans) > 1 else ""
+                raise RuntimeError(
+                    f"`blocks` must hold the parameters that they were given with, got {orphans[0]}{more} in none of "
+                    "its modules any more (replaced, as by load_state_dict(assign=True), to_empty, weight_norm or "
+                    "fully_shard); make optimizer and unfreezer after that"
+                )
+
+
+def refuse_members(optimizer: Optimizer, blocks: Iterable[Block], key: str) -> None:
+    """Refuse block parameters in groups that are not their block's: they would be trained twice, or as the head.
+
+    Args:
+        optimizer: The live optimizer.
+        blocks: The blocks.
+        key: Under which a block's group carries the block's name.
+
+    Raises:
+        ValueError: There is one, or a group under a block's name holds something else.
+    """
+    homes = {id(parameter): (name, block.name) for block in blocks for name, parameter in block.named_parameters()}
+    names = {name for _, name in homes.values()}
+    strangers = [
+        homes[id(parameter)][0]
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if id(parameter) in homes and group.get(key) != homes[id(parameter)][1]
+    ]
+    for group in optimizer.param_groups:
+        if group.get(key) in names and any(id(parameter) not in homes for parameter in group["params"]):
+            raise ValueError(
+                f"`blocks` must have names of their own, got {group[key]!r}, under which the optimizer holds "
+                "other parameters already; rename the block"
+            )
+    if strangers:
+        more = f" and {len(strangers) - 1} more" if len(strangers) > 1 else ""
+        raise ValueError(
+            f"`optimizer` must not hold parameters of the blocks yet, got {strangers[0]}{more}; "
+            "build it from the other parameters alone, such as the head's"
+        )
+
+
+def _homes(block: Block) -> list[tuple[Mapping[str, Any], str, nn.Parameter, str]]:
+    """Where the block's parameters lie: a module's own dict of parameters, the key, the parameter and its name."""
+    names = {id(parameter): name for name, parameter in block.named_parameters()}
+    return [
+        (module._parameters, key, parameter, names[id(parameter)])  # noqa: SLF001  # its own, without its children's
+        for module in block.modules()
+        for key, parameter in module._parameters.items()  # noqa: SLF001
+        if parameter is not None and id(parameter) in names
+    ]
