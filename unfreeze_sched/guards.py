@@ -271,7 +271,7 @@ class PlateauTrigger(Follower):
                 log.info(
                     "PlateauTrigger: block %d of %d may join, no longer %s", state.cap + 1, state.total, self.reason
                 )
-            state.cap, state.count = state.cap + 1, 0
+            state.cap += 1  # the transition that follows starts the count afresh
 
     def _holds(self) -> bool:
         state = self._state
