@@ -389,6 +389,40 @@ def test_a_state_of_something_else_is_refused() -> None:
         wider.load_state_dict(saved)
 
 
+def test_a_wrong_order_at_equal_shapes_is_refused() -> None:
+    """Parameters in another order within a block, or within its groups, would get each other's moments (trap 22)."""
+
+    def begin(order: str, bare: str | None = None) -> ProgressiveUnfreezer:
+        twins, head = {name: nn.Linear(4, 4, bias=False) for name in "ab"}, nn.Linear(4, 1)
+        block = Block("block", tuple(twins[name] for name in order), tuple(order))
+        no_decay = None if bare is None else lambda name, _: {"weight_decay": 0.0} if name.startswith(bare) else {}
+        schedule = RATE.replace(total_blocks=1)
+        return ProgressiveUnfreezer([block], torch.optim.AdamW(head.parameters()), schedule, no_decay=no_decay or False)
+
+    for saving, loading in ((begin("ab"), begin("ba")), (begin("ab", bare="a"), begin("ab", bare="b"))):
+        saving.apply(5)
+        before = loading.rebuilder.optimizer.state_dict()
+        with pytest.raises(
+            ValueError,
+            match=r"got blocks\['block'\] saved in the order (a.weight, b.weight|b.weight, a.weight); rebuild",
+        ):
+            loading.load_state_dict(saving.state_dict())
+        assert loading.rebuilder.optimizer.state_dict() == before
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_another_division_into_blocks_is_refused(*, strict: bool) -> None:
+    """The same parameters in other blocks are named, whether or not another schedule may go on."""
+    net, _, unfreezer = make()
+    unfreezer.apply(5)
+    merged = [Block("block0", (net.blocks[0], net.blocks[1]), ("blocks.0", "blocks.1")), net.make_blocks()[2]]
+    optimizer = torch.optim.AdamW(net.head.parameters())
+    other = ProgressiveUnfreezer(merged, optimizer, RATE.replace(total_blocks=2))
+    with pytest.raises(ValueError, match=r"got blocks\['block0'\]\['blocks.1.0.weight'\] not saved; .*rebuild what"):
+        other.load_state_dict(unfreezer.state_dict(), strict=strict)
+    assert len(optimizer.param_groups) == 1
+
+
 def test_another_schedule_may_go_on_when_asked() -> None:
     """With `strict=False` a longer or changed schedule goes on from where the saved run stood; other blocks still may not."""
     _, optimizer, unfreezer = make()
@@ -406,12 +440,15 @@ def test_another_schedule_may_go_on_when_asked() -> None:
         other.load_state_dict(saved, strict=False)
 
 
-@pytest.mark.parametrize("applied", [[1], [1, 4], [-1, 0], "12", [1.5, 2], 3, {}])
+@pytest.mark.parametrize("applied", [[1], [1, 4], [2, 1], [-1, 0], "12", [1.5, 2], 3, {}])
 def test_wrong_numbers_of_blocks(applied: Any) -> None:
     """Numbers that no unfreezer of these blocks saves are refused, and nothing changes."""
     net, optimizer, unfreezer = make()
     state = {**unfreezer.state_dict(), "applied": applied}
-    with pytest.raises(ValueError, match=r"`state_dict\['applied'\]` must be two numbers of blocks from 0 to 3, got"):
+    with pytest.raises(
+        ValueError,
+        match=r"`state_dict\['applied'\]` must be two numbers of blocks from 0 to 3, in ascending order, got",
+    ):
         unfreezer.load_state_dict(state)
     assert (trainable(net), len(optimizer.param_groups)) == ([0, 1, 2], 1)
 
@@ -420,7 +457,7 @@ def test_wrong_numbers_of_blocks(applied: Any) -> None:
     ("state", "error", "message"),
     [
         ("state", TypeError, r"`state_dict` must be a mapping, got str; pass a saved state_dict\(\)"),
-        ({"groups": []}, ValueError, r"`state_dict` must have the keys schedule, blocks, applied, got groups; pass"),
+        ({"groups": []}, ValueError, r"`state_dict` must have the keys schedule, blocks, applied, got 'groups'; pass"),
     ],
 )
 def test_no_state_at_all(state: Any, error: type[Exception], message: str) -> None:

@@ -139,7 +139,7 @@ class OptimizerRebuilder:
         refuse_engine(optimizer, self.blocks)
         self.named = tuple(tuple(block.named_parameters()) for block in self.blocks)
         own = optimizer.param_groups[self._template].keys()
-        self._parts = [divide(index, block, no_decay, own) for index, block in enumerate(self.blocks)]
+        self.parts = [divide(index, block, no_decay, own) for index, block in enumerate(self.blocks)]
         refuse_members(optimizer, self.blocks, BLOCK_KEY)
         self.owners = Owners(self.blocks)
         as_count(warmup_steps, "warmup_steps", minimum=0, fix="it is a number of optimizer steps")
@@ -150,7 +150,7 @@ class OptimizerRebuilder:
         if self.membership == "late":
             self._checked_schedulers()
         else:
-            self._change([(part, []) for index in self._from_deep() for part in self._parts[index]], [])
+            self._change([(part, []) for index in self._from_deep() for part in self.parts[index]], [])
 
     def sync(self) -> GroupChange:
         """Bring the optimizer in step with every block's `requires_grad`; twice is as good as once.
@@ -176,7 +176,7 @@ class OptimizerRebuilder:
         joins: list[tuple[Part, list[Named]]] = []
         leaves: list[tuple[Part, set[int]]] = []
         drop = self.on_refreeze == "drop"
-        for part in (part for index in indices for part in self._parts[index]):
+        for part in (part for index in indices for part in self.parts[index]):
             groups = self._groups(part)
             # By identity: a comparison by value would take a fresh layer for its twin.
             inside = {id(parameter) for group in groups for parameter in group["params"]}

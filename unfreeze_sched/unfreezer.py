@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, get_args
@@ -15,6 +16,9 @@ from unfreeze_sched.parts import Overrides
 from unfreeze_sched.probe import Probe
 from unfreeze_sched.rebuilder import UNCHANGED, GroupChange, Membership, OnRefreeze, OptimizerRebuilder
 from unfreeze_sched.schedule import UnfreezeSchedule
+
+_REPR = reprlib.Repr()  # what is shown of a saved value, which may be anything
+_REPR.maxstring = _REPR.maxother = 200
 
 
 class ProgressiveUnfreezer:
@@ -160,8 +164,9 @@ class ProgressiveUnfreezer:
             )
         keys = self.state_dict().keys()
         if set(state_dict) != keys:
+            got = ", ".join(map(_short, state_dict)) or "none"
             raise ValueError(
-                f"`state_dict` must have the keys {', '.join(keys)}, got {', '.join(map(str, state_dict))}; "
+                f"`state_dict` must have the keys {', '.join(keys)}, got {got}; "
                 "pass a saved state_dict() of an unfreezer"
             )
         differences = list(_differences("blocks", state_dict["blocks"], self._layout()))
@@ -179,15 +184,19 @@ class ProgressiveUnfreezer:
             return
         total = len(self.blocks)
         numbers = list(applied) if isinstance(applied, (list, tuple)) else []
-        if [type(number) for number in numbers] != [int, int] or not all(0 <= number <= total for number in numbers):
+        if [type(number) for number in numbers] != [int, int] or not 0 <= numbers[0] <= numbers[1] <= total:
             raise ValueError(
-                f"`state_dict['applied']` must be two numbers of blocks from 0 to {total}, got {applied!r}; "
-                "pass a saved state_dict() as it is"
+                f"`state_dict['applied']` must be two numbers of blocks from 0 to {total}, in ascending order, got "
+                f"{_short(applied)}; pass a saved state_dict() as it is"
             )
-        self._bring_to(*applied)
+        self._bring_to(*numbers)
 
     def _layout(self) -> dict[str, dict[str, list[int]]]:
-        return {block.name: {name: list(p.shape) for name, p in block.named_parameters()} for block in self.blocks}
+        # In the order of the groups, since an optimizer's state is loaded by place: equal shapes would not tell.
+        return {
+            block.name: {name: list(p.shape) for part in parts for name, p in part.named}
+            for block, parts in zip(self.blocks, self.rebuilder.parts, strict=True)
+        }
 
     def _is_as_left(self) -> bool:
         """Whether the optimizer's groups are those that the last call left, and none was added or loaded since."""
@@ -236,10 +245,22 @@ def _differences(where: str, saved: Any, own: Any) -> Iterator[str]:
     if isinstance(saved, Mapping) and isinstance(own, Mapping):
         for key in [*saved, *(key for key in own if key not in saved)]:
             if key not in own or key not in saved:
-                yield f"{where}[{key!r}] {'saved alone' if key in saved else 'not saved'}"
+                yield f"{where}[{_short(key)}] {'saved alone' if key in saved else 'not saved'}"
             else:
                 yield from _differences(f"{where}[{key!r}]", saved[key], own[key])
         if set(saved) == set(own) and list(saved) != list(own):
             yield f"{where} saved in the order {', '.join(saved)}"
-    elif saved != own:
-        yield f"{where} saved as {saved!r}, now {own!r}"
+    elif not _equal(saved, own):
+        yield f"{where} saved as {_short(saved)}, now {own!r}"
+
+
+def _equal(saved: Any, own: Any) -> bool:
+    """Whether two values of JSON's types are equal, where the saved one may be anything."""
+    if isinstance(own, list):
+        return isinstance(saved, (list, tuple)) and len(saved) == len(own) and all(map(_equal, saved, own))
+    return type(saved) is type(own) and bool(saved == own)
+
+
+def _short(value: Any) -> str:
+    """A value on one line, whatever it is."""
+    return " ".join(_REPR.repr(value).split())
