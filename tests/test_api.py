@@ -60,7 +60,7 @@ ALLOWED = {
         "probe",
         "warmup",
     },
-    "unfreezer": {"_fields", "blocks", "freezing", "parts", "rebuilder", "schedule"},
+    "unfreezer": {"_fields", "blocks", "freezing", "parts", "probe", "rebuilder", "schedule"},
 }
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from unfreeze_sched.blocks import Block
 from unfreeze_sched.optimizers import layers
@@ -82,6 +84,34 @@ def rewrap_ddp(ddp: DistributedDataParallel) -> DistributedDataParallel:
     new.training = ddp.training
     new.require_backward_grad_sync = ddp.require_backward_grad_sync
     return new
+
+
+@contextmanager
+def all_trainable(optimizer: Optimizer) -> Iterator[None]:
+    """Makes all that the optimizer holds trainable while torch.distributed.checkpoint looks at it.
+
+    Its `get_state_dict` and `set_state_dict` leave out the moments of what is frozen at that moment, so that blocks
+    which were frozen again would come back without theirs.
+
+    Args:
+        optimizer: The live optimizer.
+
+    Example:
+        >>> weight = nn.Parameter(torch.ones(1), requires_grad=False)
+        >>> with all_trainable(torch.optim.SGD([weight])):
+        ...     print(weight.requires_grad)
+        True
+        >>> weight.requires_grad
+        False
+    """
+    frozen = [p for group in optimizer.param_groups for p in group["params"] if not p.requires_grad]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad = True
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad = False
 
 
 def differing_gradients(named: Mapping[str, nn.Parameter]) -> tuple[list[str], bool]:

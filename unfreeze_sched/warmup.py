@@ -8,7 +8,10 @@ from torch import Tensor
 from torch.optim import ASGD, Optimizer, Rprop
 
 WARMUP_KEY = "unfreeze_warmup"
-"""The key under which a warming group keeps [steps taken, steps in all]; saved and loaded with the group."""
+"""The key under which a group keeps [steps taken, steps in all]; saved and loaded with the group.
+
+It stays when the warm-up is over: torch.distributed.checkpoint loads into the keys that a replayed group has.
+"""
 
 
 class Warmup:
@@ -46,8 +49,8 @@ class Warmup:
     def _lower(self, optimizer: Optimizer, *_: Any) -> None:
         self._restore_rates()  # a step that failed has not done so
         for group in optimizer.param_groups:
-            if WARMUP_KEY in group:
-                taken, total = group[WARMUP_KEY]
+            taken, total = group.get(WARMUP_KEY, (0, 0))
+            if taken < total:
                 rate = group["lr"]
                 if isinstance(rate, Tensor):
                     self._own.append((group, rate.clone()))
@@ -59,10 +62,7 @@ class Warmup:
     def _restore(self, *_: Any) -> None:
         for group, _rate in self._own:
             taken, total = group[WARMUP_KEY]
-            if taken + 1 < total:
-                group[WARMUP_KEY] = [taken + 1, total]
-            else:
-                del group[WARMUP_KEY]
+            group[WARMUP_KEY] = [taken + 1, total]
         self._restore_rates()
 
     def _restore_rates(self) -> None:
