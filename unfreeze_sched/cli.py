@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
 from pydantic import ValidationError
 
-from unfreeze_sched.distill.arguments import add_arguments
+from unfreeze_sched.arguments import one_line
+from unfreeze_sched.distill.arguments import add_arguments as add_distill_arguments
+from unfreeze_sched.plan.command import add_arguments as add_plan_arguments
+from unfreeze_sched.plan.command import run as plan
 
 
 class _Parser(argparse.ArgumentParser):
@@ -26,7 +30,10 @@ def make_parser() -> argparse.ArgumentParser:
     distill = commands.add_parser(
         "distill", help="the reference training run: distil a student, unfreezing its encoder"
     )
-    add_arguments(distill)
+    add_distill_arguments(distill)
+    add_plan_arguments(
+        commands.add_parser("plan", help="what a schedule will do: blocks, learning rates and memory by phase")
+    )
     return parser
 
 
@@ -37,13 +44,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments after the program's name; None takes the process's.
 
     Returns:
-        The exit code: 0, 2 for wrong input, 130 when interrupted.
+        The exit code: 0, 2 for wrong input, 130 when interrupted, 1 where nobody reads the output any more.
     """
     args = make_parser().parse_args(argv)
     try:
-        _distill(args)
+        {"distill": _distill, "plan": plan}[args.command](args)
+        sys.stdout.flush()
     except ValidationError as error:
-        return _fail(error.errors()[0]["msg"].removeprefix("Value error, "))
+        return _fail(one_line(error))
+    except BrokenPipeError:  # whoever read the output had enough of it, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ValueError, OSError, ModuleNotFoundError) as error:
         return _fail(str(error))
     except KeyboardInterrupt:
