@@ -12,7 +12,7 @@ import functools
 import json
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any
 
 import schedulefree
 import torch
+from bits import differences
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
@@ -176,29 +177,6 @@ class Run:
             "trainable": {name: p.requires_grad for name, p in self.model.named_parameters()},
             "modes": {name: module.training for name, module in self.model.train().named_modules()},
         }
-
-
-def flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Each leaf by its path, as something whose equality is that of the bits."""
-    if isinstance(value, dict):
-        yield f"{path} keys", list(map(str, value))
-        for key, item in value.items():
-            yield from flat(item, f"{path}[{key!r}]")
-    elif isinstance(value, (list, tuple)):
-        yield f"{path} length", len(value)
-        for index, item in enumerate(value):
-            yield from flat(item, f"{path}[{index}]")
-    elif isinstance(value, Tensor):
-        yield path, (str(value.dtype), tuple(value.shape), value.detach().contiguous().numpy().tobytes().hex())
-    elif isinstance(value, float):
-        yield path, value.hex()
-    else:
-        yield path, repr(value)
-
-
-def differences(ours: Any, theirs: Any) -> list[str]:
-    mine, other = dict(flat(ours)), dict(flat(theirs))
-    return [path for path in {**mine, **other} if path not in mine or path not in other or mine[path] != other[path]]
 
 
 def file_of(name: str, moment: object) -> str:

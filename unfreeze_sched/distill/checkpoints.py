@@ -249,7 +249,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Any:
     except PermissionError as error:
         raise CheckpointError(f"{path}: must be readable, got {error.strerror}; change its permissions") from None
     except Exception as error:  # noqa: BLE001  # bytes that are no checkpoint make an unpickler raise nearly anything
-        refused = re.search(r"GLOBAL ([\w.]*\w)", str(error))
+        refused = re.search(r"GLOBAL ([a-zA-Z_][\w.]{,99})(?![\w.])", str(error))  # a text that begins with c is none
         if refused:
             raise CheckpointError(
                 f"{path}: must hold tensors and plain values only, got {refused[1]}, which could run code; if you "

@@ -1,0 +1,558 @@
+"""Thousands of broken checkpoints: each is refused in one line with nothing changed, or loads as what it holds."""
+
+from __future__ import annotations
+
+import collections
+import copy
+import functools
+import io
+import json
+import os
+import pickle
+import random
+import re
+import shutil
+import subprocess
+import tarfile
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from bits import broken, differences, flat, seeded
+from oracle import Net
+from torch import nn
+
+from unfreeze_sched import Block, MilestonePreset, ProgressiveUnfreezer, RatePreset, UnfreezeSchedule
+
+pytest.importorskip("segmentation_models_pytorch")
+Image = pytest.importorskip("PIL.Image")
+
+from images import write_images  # noqa: E402  # after the skips
+
+from unfreeze_sched.distill import checkpoints, training  # noqa: E402  # likewise
+from unfreeze_sched.distill.checkpoints import CheckpointError, load_segmentation_state, read_checkpoint  # noqa: E402  # likewise
+from unfreeze_sched.distill.data import load_folder  # noqa: E402  # likewise
+from unfreeze_sched.distill.loss import DistillationLoss  # noqa: E402  # likewise
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch.serialization")
+Parts = dict[str, Any]
+
+
+class Tiny(nn.Module):
+    """As small as a network of the training command can be: two blocks with a batch norm each, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.ModuleList(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)) for _ in range(2))
+        self.head = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.encoder:
+            x = x + block(x).relu()
+        out: torch.Tensor = self.head(x)
+        return out
+
+    def get_decoder_parameters(self) -> Iterator[nn.Parameter]:
+        return self.head.parameters()
+
+
+class InterruptedRunError(Exception):
+    pass
+
+
+class Interrupting:
+    """Ends a run after its second epoch."""
+
+    def step(self) -> None:
+        pass
+
+    def transition(self, line: str) -> None:
+        pass
+
+    def epoch(self, record: training.EpochRecord) -> None:
+        if record.epoch == 1:
+            raise InterruptedRunError
+
+
+def arm(seed: int) -> training.Arm:
+    torch.manual_seed(seed)
+    net = Tiny()
+    blocks = tuple(Block(f"stage{i}", (module,), (f"encoder.{i}",)) for i, module in enumerate(net.encoder))
+    schedule = UnfreezeSchedule(
+        preset=RatePreset(unfreeze_start_epoch=1, unfreeze_rate=1), total_blocks=2, total_epochs=3
+    )
+    loss = DistillationLoss(alpha=0.0)
+    return training.Arm("student", net, training.imitating(net), blocks, schedule, 0.1, "eval", loss)
+
+
+def parts_of(seed: int) -> Parts:
+    """The live objects of a new run, as the training loop makes them."""
+    new = arm(seed)
+    optimizer = torch.optim.AdamW(new.unet.get_decoder_parameters(), lr=0.01)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 6)
+    unfreezer = ProgressiveUnfreezer(new.blocks, optimizer, new.schedule, [scheduler], new.learning_rate_scale)
+    return {"model": new.unet, "optimizer": optimizer, "scheduler": scheduler, "unfreezer": unfreezer}
+
+
+def states_of(parts: Parts) -> dict[str, Any]:
+    return {**{name: part.state_dict() for name, part in parts.items()}, "random": {"cpu": torch.get_rng_state()}}
+
+
+def all_of(unfreezer: ProgressiveUnfreezer, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What a refused load must leave alone: bits, and the identity of what others may hold."""
+    private = {key: value for key, value in vars(unfreezer).items() if key.startswith("_") and key != "_norms"}
+    groups = private.pop("_seen_groups")
+    return {
+        "private": private,
+        "seen": id(groups),
+        "unfreezer": unfreezer.state_dict(),
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "groups": [id(optimizer.param_groups), *map(id, optimizer.param_groups)],
+        "parameters": [[id(p) for p in group["params"]] for group in optimizer.param_groups],
+        "trainable": [(p.requires_grad, p.grad is None, id(p), p.data_ptr()) for p in model.parameters()],
+        "norms": [(m.training, type(m.__dict__.get("train")).__name__) for m in model.modules()],
+        "random": torch.get_rng_state(),
+    }
+
+
+def bits_of(parts: Parts) -> dict[str, Any]:
+    found = all_of(parts["unfreezer"], parts["model"], parts["optimizer"])
+    return dict(flat({**found, "scheduler": {k: v for k, v in vars(parts["scheduler"]).items() if k != "optimizer"}}))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The checkpoint of a run of the training loop, interrupted after its second epoch."""
+    folder = tmp_path_factory.mktemp("run")
+    data = load_folder(write_images(folder, 4), image_size=16)
+    settings = training.Settings(epochs=3, lr=0.01, batch_size=2, seed=0, device="cpu")
+    with pytest.raises(InterruptedRunError):
+        training.train(arm(0), data, data, settings, folder, Interrupting())
+    return (folder / "last.pth").read_bytes()
+
+
+class Trial:
+    """Tries files on the live objects of a new run, and counts what became of them."""
+
+    def __init__(self, saved: bytes, path: Path) -> None:
+        self.path = path
+        self.content = torch.load(io.BytesIO(saved), weights_only=True)
+        self.counts: collections.Counter[str] = collections.Counter()
+        self._renew()
+
+    def _renew(self) -> None:
+        self.parts = parts_of(1)
+        self.before = bits_of(self.parts)
+
+    def resume(self, file: bytes, what: str) -> dict[str, Any] | None:
+        """The states that were loaded, None where the file was refused as it has to be."""
+        self.path.write_bytes(file)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                training._go_on(self.parts, self.path, torch.device("cpu"))
+            except (CheckpointError, OSError) as error:
+                text = str(error)
+                assert re.fullmatch(re.escape(f"{self.path}: must ") + ".{,900}", text), (what, text)
+                after = bits_of(self.parts)
+                assert after == self.before, (what, [key for key in after if after[key] != self.before.get(key)])
+                self.counts["refused"] += 1
+                return None
+        self.counts["loaded"] += 1
+        states = copy.deepcopy(states_of(self.parts))
+        try:
+            self._train_on()
+        except Exception as error:
+            raise AssertionError(f"{what} was loaded, and does not go on") from error
+        self._renew()
+        return states
+
+    def _train_on(self) -> None:
+        """What was loaded is a run that goes on."""
+        self.parts["unfreezer"].apply(2)
+        for _ in range(2):
+            loss = self.parts["model"](torch.ones(2, 3, 4, 4)).square().mean()
+            self.parts["optimizer"].zero_grad()
+            loss.backward()
+            self.parts["optimizer"].step()
+            self.parts["scheduler"].step()
+
+
+@pytest.fixture
+def trial(saved: bytes, tmp_path: Path) -> Trial:
+    return Trial(saved, tmp_path / "last.pth")
+
+
+# Files that are broken as bytes. A file that loads has to be the one that was saved.
+
+
+def truncated(saved: bytes, draw: random.Random) -> bytes:
+    return saved[: draw.randrange(len(saved))]
+
+
+def flipped(saved: bytes, draw: random.Random) -> bytes:
+    file = bytearray(saved)
+    for _ in range(draw.choice((1, 1, 2, 8))):
+        file[draw.randrange(len(file))] ^= 1 << draw.randrange(8)
+    return bytes(file)
+
+
+def overwritten(saved: bytes, draw: random.Random) -> bytes:
+    """Part of it is zeros, noise, missing, or there twice."""
+    begin = draw.randrange(len(saved))
+    length = draw.choice((1, 16, 512, 4096))
+    part = saved[begin : begin + length]
+    middle = draw.choice((bytes(len(part)), draw.randbytes(len(part)), b"", part + part))
+    return saved[:begin] + middle + saved[begin + length :]
+
+
+def zip_of(records: dict[str, bytes]) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, content in records.items():
+            archive.writestr(name, content)
+    return file.getvalue()
+
+
+def saved_as(content: Any, **keywords: Any) -> bytes:
+    file = io.BytesIO()
+    torch.save(content, file, **keywords)
+    return file.getvalue()
+
+
+def foreign(saved: bytes, draw: random.Random) -> bytes:
+    """A file of another kind, of any length."""
+    noise, size = draw.randbytes(draw.randrange(1, 2000)), draw.randrange(1, 30)
+    values = [draw.random() for _ in range(size)]
+    array, picture, tar = io.BytesIO(), io.BytesIO(), io.BytesIO()
+    np.savez(array, values=np.array(values))
+    Image.fromarray(np.full((size, size), 7, np.uint8)).save(picture, draw.choice(("PNG", "JPEG", "GIF", "BMP")))
+    with tarfile.open(fileobj=tar, mode=draw.choice(("w", "w:gz"))) as archive:
+        member = tarfile.TarInfo("data.pkl")
+        member.size = len(noise)
+        archive.addfile(member, io.BytesIO(noise))
+    header = json.dumps({"weight": {"dtype": "F64", "shape": [size], "data_offsets": [0, 8 * size]}}).encode()
+    plain = draw.choice((values, {"model": values}, {"student": {}}, size, "words", None, noise))
+    old = torch.tensor(values)
+    return draw.choice(
+        (
+            b"",
+            bytes(size),
+            noise,
+            noise.hex().encode(),
+            json.dumps(values).encode(),
+            b"<!DOCTYPE html><html>" + noise.hex().encode(),
+            b"%PDF-1.7\n" + noise,
+            b"\x7fELF" + noise,
+            b"\x89HDF\r\n\x1a\n" + noise,
+            b"PK\3\4" + noise,
+            saved[:60] + noise,
+            array.getvalue(),
+            picture.getvalue(),
+            tar.getvalue(),
+            len(header).to_bytes(8, "little") + header + np.array(values).tobytes(),
+            zip_of({"words.txt": noise.hex().encode()}),
+            zip_of({"archive/data.pkl": noise, "archive/version": b"3\n"}),
+            zip_of(
+                {"archive/data.pkl": pickle.dumps(plain, 2), "archive/version": b"3\n", "archive/byteorder": b"little"}
+            ),
+            pickle.dumps(plain, draw.randrange(6)),
+            pickle.dumps(np.array(values), draw.randrange(6)),
+            saved_as(plain),
+            saved_as({"weight": old}),
+            saved_as({"weight": old}, _use_new_zipfile_serialization=False),
+            saved_as({"weight": old}, _use_new_zipfile_serialization=False)[: draw.randrange(1, 300)],
+            saved_as(old.to_sparse()),
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("break_file", "number"), [(truncated, 300), (flipped, 700), (overwritten, 300), (foreign, 400)]
+)
+def test_broken_bytes(
+    break_file: Callable[[bytes, random.Random], bytes], number: int, trial: Trial, saved: bytes
+) -> None:
+    """A damaged or foreign file is refused in one line and nothing is loaded, or it is as good as the whole one."""
+    draw = seeded(break_file.__name__)
+    whole = {key: value for key, value in trial.content.items() if key != "records"}
+    for attempt in range(number):
+        states = trial.resume(break_file(saved, draw), f"{break_file.__name__} {attempt}")
+        assert states is None or differences(states, whole) == []
+    print(f"{break_file.__name__}: {number} files, {dict(trial.counts)}")  # noqa: T201  # pytest -rP shows it
+    assert trial.counts["refused"] > number / 2
+
+
+def test_torch_itself_loads_flipped_bits(saved: bytes) -> None:
+    """The checksums have to be looked at here, since torch.load gives other weights for a flipped bit."""
+    whole = torch.load(io.BytesIO(saved), weights_only=True)
+    weight = whole["model"]["head.weight"].numpy().tobytes()
+    place = saved.index(weight)
+    file = saved[: place + 2] + bytes([saved[place + 2] ^ 1]) + saved[place + 3 :]
+    assert differences(torch.load(io.BytesIO(file), weights_only=True), whole) == ["['model']['head.weight']"]
+
+
+def test_a_file_without_checksums_is_read(tmp_path: Path) -> None:
+    """Checksums can be switched off in torch, and such a file is a checkpoint too."""
+    path = tmp_path / "weights.pth"
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"weight": torch.ones(3)}, path)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() is not None
+    assert torch.equal(read_checkpoint(path)["weight"], torch.ones(3))
+
+
+# Whole files with other contents: each loads as what it holds, or not at all.
+
+JUNK = [
+    *(
+        None,
+        True,
+        -1,
+        0,
+        3,
+        10**30,
+        0.5,
+        float("nan"),
+        float("inf"),
+        "",
+        "words",
+        b"bytes",
+        [],
+        {},
+        [1, 2],
+        {"a": 1},
+        (1,),
+    ),
+    *(
+        torch.tensor(1.0),
+        torch.ones(2, 3),
+        torch.ones(0),
+        torch.ones(3, dtype=torch.complex64),
+        torch.eye(3).to_sparse(),
+    ),
+    *(torch.ones(3, dtype=torch.uint8), torch.ones(3, device="meta"), torch.ones(3, dtype=torch.float16)),
+]
+
+
+def holds(states: dict[str, Any], content: dict[str, Any]) -> bool:
+    """Whether states are those that a file holds; AdamW itself sets `decoupled_weight_decay`, and no order counts."""
+    found = differences(states, {key: value for key, value in content.items() if key != "records"})
+    return all(path.endswith((" keys", "['decoupled_weight_decay']")) for path in found)
+
+
+def test_broken_contents(trial: Trial) -> None:
+    """Values that are missing, moved, or of another type are refused and nothing is loaded, or all that is there is."""
+    draw, number = seeded("contents"), 250
+    for _ in range(number):
+        content, done = broken(trial.content, draw, JUNK)
+        states = trial.resume(saved_as(content), "; ".join(done))
+        assert states is None or holds(states, content), done
+    print(f"broken contents: {number} files, {dict(trial.counts)}")  # noqa: T201  # pytest -rP shows it
+    assert trial.counts["refused"] > number / 2
+
+
+def test_broken_pickles_with_right_checksums(trial: Trial, saved: bytes) -> None:
+    """A flipped bit in the pickle of a file whose checksums are right is refused, or all that is there is loaded."""
+    draw, number = seeded("pickles"), 250
+    with zipfile.ZipFile(io.BytesIO(saved)) as archive:
+        records = {info.filename: archive.read(info) for info in archive.infolist()}
+    name = next(name for name in records if name.endswith("data.pkl"))
+    for attempt in range(number):
+        file = zip_of({**records, name: flipped(records[name], draw)})
+        states = trial.resume(file, f"pickle {attempt}")
+        assert states is None or holds(states, torch.load(io.BytesIO(file), "cpu", weights_only=True))
+    print(f"broken pickles: {number} files, {dict(trial.counts)}")  # noqa: T201  # pytest -rP shows it
+    assert trial.counts["refused"] > number / 2
+
+
+def load_one_by_one(parts: Parts, saved: dict[str, Any]) -> None:
+    """The common way, which leaves what came before an error."""
+    for name in ("unfreezer", "scheduler", "model", "optimizer"):
+        parts[name].load_state_dict(saved[name])
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "instead", "found_by"),
+    [
+        (checkpoints, "_check_sums", lambda _: None, lambda *a: test_broken_bytes(flipped, 50, *a)),
+        (training, "restore", load_one_by_one, lambda trial, _: test_broken_contents(trial)),
+    ],
+    ids=["no checksums", "one by one"],
+)
+def test_the_trials_can_fail(
+    module: Any, name: str, instead: Any, found_by: Any, trial: Trial, saved: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a look at the checksums, and where states are loaded one by one, the trials above fail."""
+    monkeypatch.setattr(module, name, instead)
+    with pytest.raises(AssertionError):
+        found_by(trial, saved)
+
+
+@pytest.mark.parametrize(
+    "odd", [torch.eye(3).to_sparse(), torch.ones(3, device="meta"), torch.ones(3, dtype=torch.complex64)]
+)
+def test_weights_that_no_parameter_takes(odd: torch.Tensor, tmp_path: Path) -> None:
+    """Tensors that torch refuses in the middle of loading weights, or bends to fit, are named before it begins."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    before, state = copy.deepcopy(model.state_dict()), nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).state_dict()
+    state["1.bias" if odd.ndim == 1 else "0.weight"] = odd
+    torch.save(state, tmp_path / "weights.pth")
+    with pytest.raises(
+        CheckpointError, match=r"must hold plain tensors of real numbers, got others \([01]\.\w+\); save"
+    ):
+        load_segmentation_state(model, tmp_path / "weights.pth")
+    assert differences(dict(model.state_dict()), dict(before)) == []
+
+
+# Files that would run code.
+
+
+class Call:
+    """Calls a function when it is unpickled."""
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return self.call
+
+
+def attacks(canary: Path) -> list[Call]:
+    text = f"open({str(canary)!r}, 'w').close()"
+    return [
+        Call(os.system, f"touch '{canary}'"),
+        Call(os.mkdir, str(canary)),
+        Call(exec, text),
+        Call(eval, text),
+        Call(open, str(canary), "w"),
+        Call(Path.touch, canary),
+        Call(subprocess.call, ["touch", str(canary)]),
+        Call(functools.partial(exec, text)),
+        Call(map, exec, [text]),  # runs when something goes through it
+        Call(list, Call(map, exec, [text])),
+        Call(torch.save, 1, str(canary)),
+        Call(shutil.copy, __file__, str(canary)),
+    ]
+
+
+def files_with(attack: Call, content: dict[str, Any], saved: bytes, draw: random.Random) -> Iterator[bytes]:
+    """Files of every kind that torch.load takes, with a call in them."""
+    for _ in range(6):
+        victim, _done = broken(content, draw, [attack])
+        place = draw.choice(list(victim))
+        victim = {**victim, place: attack} if draw.random() < 0.5 else {**victim, "unfreezer": [attack]}
+        yield saved_as(victim)
+        yield saved_as(victim, _use_new_zipfile_serialization=False)
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        yield pickle.dumps(attack, protocol)
+    with zipfile.ZipFile(io.BytesIO(saved)) as archive:
+        records = {info.filename: archive.read(info) for info in archive.infolist()}
+    name = next(name for name in records if name.endswith("data.pkl"))
+    yield zip_of({**records, name: pickle.dumps(attack, 2)})
+    yield zip_of({**records, name: pickle.dumps(attack, 2)[:-1] + records[name]})  # first the call, then the states
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_malicious_files(trial: Trial, saved: bytes, tmp_path: Path) -> None:
+    """A file that would run code is refused in one line, runs none, and nothing is loaded."""
+    draw, number, canary = seeded("attacks"), 0, tmp_path / "canary"
+    for index, attack in enumerate(attacks(canary)):
+        for file in files_with(attack, trial.content, saved, draw):
+            number += 1
+            assert trial.resume(file, f"attack {index}, file {number}") is None
+            assert not canary.exists()
+    print(f"malicious: {number} files, {dict(trial.counts)}")  # noqa: T201  # pytest -rP shows it
+    assert number >= 200
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("index", range(len(attacks(Path()))))
+def test_the_attacks_are_real(index: int, tmp_path: Path) -> None:
+    """Loaded carelessly, each of them does what it is there for."""
+    canary = tmp_path / "canary"
+    found = torch.load(io.BytesIO(saved_as(attacks(canary)[index])), weights_only=False)
+    if isinstance(found, functools.partial):
+        found()
+    elif isinstance(found, map):
+        list(found)
+    assert canary.exists()
+
+
+# `ProgressiveUnfreezer.load_state_dict`.
+
+ODD = [*JUNK, np.ones(2), torch.ones(2), object(), {1, 2}, iter([1]), 2 * (1 << 63), "x" * 10_000, b"x" * 10_000, ...]
+DEEP: list[Any] = []
+for _ in range(100_000):
+    DEEP = [DEEP]
+DOWN = MilestonePreset(milestones={1: 1, 2: 3, 3: 1, 4: 2})
+
+
+def new_unfreezer(**keywords: Any) -> tuple[ProgressiveUnfreezer, Net]:
+    net = Net()
+    optimizer = torch.optim.AdamW(net.head.parameters(), lr=0.01)
+    schedule = UnfreezeSchedule(preset=DOWN, total_blocks=3, total_epochs=6)
+    return ProgressiveUnfreezer(net.make_blocks(), optimizer, schedule, **keywords), net
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("keywords", [{}, {"membership": "declared"}, {"on_refreeze": "drop", "no_decay": True}])
+@pytest.mark.parametrize("begun", [False, True])
+def test_broken_states_of_an_unfreezer(keywords: dict[str, Any], *, begun: bool, strict: bool) -> None:
+    """A state that is not as it was saved is a TypeError or ValueError of one short line, and changes nothing."""
+    draw, counts = seeded(f"{keywords}{begun}{strict}"), collections.Counter[str]()
+    saving, _ = new_unfreezer(**keywords)
+    for epoch in range(4):
+        saving.apply(epoch)
+    good = saving.state_dict()
+
+    def renew() -> tuple[ProgressiveUnfreezer, Net, dict[str, Any]]:
+        unfreezer, net = new_unfreezer(**keywords)
+        if begun:
+            unfreezer.apply(2)
+            net(torch.ones(2, 4).double()).sum().backward()
+            unfreezer.rebuilder.optimizer.step()
+            unfreezer.rebuilder.optimizer.zero_grad()
+        return unfreezer, net, dict(flat(all_of(unfreezer, net, unfreezer.rebuilder.optimizer)))
+
+    unfreezer, net, before = renew()
+    # The numbers of blocks apart, which are most of what can still be right.
+    states = [broken(good, draw, ODD) for _ in range(150)]
+    states += [({**good, "applied": [draw.randrange(-1, 5), draw.randrange(-1, 5)]}, ["applied"]) for _ in range(10)]
+    states += [({**good, key: DEEP}, [f"deep {key}"]) for key in good]
+    states += [(thing, [type(thing).__name__]) for thing in (*ODD, DEEP)]
+    for state, done in states:
+        try:
+            unfreezer.load_state_dict(state, strict=strict)
+        except (TypeError, ValueError) as error:
+            text = str(error)
+            assert re.fullmatch("`state_dict.{,3000}", text), (done, text)
+            assert dict(flat(all_of(unfreezer, net, unfreezer.rebuilder.optimizer))) == before, done
+            counts["refused"] += 1
+            continue
+        counts["loaded"] += 1
+        saved_now = unfreezer.state_dict()
+        if state["applied"] is not None:
+            number, peak = state["applied"]
+            assert saved_now["applied"] == [number, peak], done
+            trainable = [all(p.requires_grad for p in block.parameters()) for block in unfreezer.blocks]
+            assert trainable == [index >= 3 - number for index in range(3)]
+        if strict:
+            assert saved_now["schedule"] == state["schedule"], done
+        assert saved_now["blocks"] == state["blocks"], done
+        unfreezer.apply(5)
+        unfreezer, net, before = renew()
+    print(f"{keywords}, strict={strict}: {sum(counts.values())} states, {dict(counts)}")  # noqa: T201  # pytest -rP shows it
+    assert counts["refused"] > 50
+    assert counts["loaded"]
