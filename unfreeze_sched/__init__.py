@@ -5,6 +5,7 @@ The public names load on first use, so that a schedule alone never imports torch
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -48,6 +49,9 @@ _MODULES = {
     "UnfreezeSchedule": "schedule",
     "ProgressiveUnfreezer": "unfreezer",
 }
+
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # silent by default
 
 
 def __getattr__(name: str) -> object:

@@ -189,7 +189,7 @@ def refuse(
                 "`membership` must be 'declared' and `on_refreeze` 'keep' for "
                 f"{name}, whose step writes the learning rate, got {got}; pass both"
             )
-    reason = _why_no_rate(optimizer, optimizer.param_groups[template])
+    reason = why_no_rate(optimizer, optimizer.param_groups[template])
     wrong = [ratio for ratio in ratios if ratio != 1]
     if reason is not None and wrong:
         raise ValueError(
@@ -238,7 +238,8 @@ def refuse_unfit(optimizer: Any, template: dict[str, Any], joining: Iterable[tup
             ) from problem
 
 
-def _why_no_rate(optimizer: Any, group: dict[str, Any]) -> str | None:
+def why_no_rate(optimizer: Any, group: dict[str, Any]) -> str | None:
+    """Why a group cannot have a learning rate of its own, in words; None where it can."""
     if _is_shared(optimizer):
         return "whose groups share one learning rate"
     if group.get("lr") is None:

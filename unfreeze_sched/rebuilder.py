@@ -194,6 +194,15 @@ class OptimizerRebuilder:
                     leaves.append((part, leaving))
         return self._change(joins, leaves) if joins or leaves else UNCHANGED
 
+    def learning_rates(self) -> dict[str, float]:
+        """The learning rate of each block's group now, by the block's name."""
+        names = {block.name for block in self.blocks}
+        return {
+            group[BLOCK_KEY]: float(group["lr"])
+            for group in self.optimizer.param_groups
+            if group.get(BLOCK_KEY) in names and PART_KEY not in group and group.get("lr") is not None
+        }
+
     def _from_deep(self) -> range:
         return range(len(self.blocks) - 1, -1, -1)
 

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import reprlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import logging
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any, get_args
 
 from torch import nn
 from torch.optim import Optimizer
 
+from unfreeze_sched._saved import differences, short
 from unfreeze_sched.blocks import Block, validate_blocks
 from unfreeze_sched.freezing import Norms, drop_gradients, hold_in_eval, norms_of, release, set_requires_grad
+from unfreeze_sched.guards import Cap
+from unfreeze_sched.history import History, Transition
+from unfreeze_sched.optimizers import why_no_rate
 from unfreeze_sched.parts import Overrides
 from unfreeze_sched.probe import Probe
 from unfreeze_sched.rebuilder import UNCHANGED, GroupChange, Membership, OnRefreeze, OptimizerRebuilder
 from unfreeze_sched.schedule import UnfreezeSchedule
 
-_REPR = reprlib.Repr()  # what is shown of a saved value, which may be anything
-_REPR.maxstring = _REPR.maxother = 200
+log = logging.getLogger("unfreeze_sched")
 
 
 class ProgressiveUnfreezer:
@@ -43,10 +47,18 @@ class ProgressiveUnfreezer:
             `"frozen"` holds them there after their block joined, too, so that the pretrained statistics stay, which
             suits small batches; `"train"` leaves their mode alone.
         probe: `"ranks"`, `"local"` or `"off"`, as for `OptimizerRebuilder`.
+        caps: Guards and triggers, such as `unfreeze_sched.guards.OverfitGuard`: no more blocks are unfrozen than the
+            schedule and each cap allow.
+
+    Attributes:
+        history: What was unfrozen when, at what learning rates, and why.
 
     Raises:
         TypeError: An argument of the wrong type.
         ValueError: An argument out of range, or a schedule for another number of blocks.
+
+    Warns:
+        UserWarning: The blocks' learning rate is not below the head's.
 
     Example:
         >>> import torch
@@ -77,6 +89,7 @@ class ProgressiveUnfreezer:
         warmup_steps: int = 0,
         norms: Norms = "eval",
         probe: Probe = "ranks",
+        caps: Sequence[Cap] = (),
     ) -> None:
         if not isinstance(schedule, UnfreezeSchedule):
             raise TypeError(f"`schedule` must be an UnfreezeSchedule, got {type(schedule).__name__}; make one")
@@ -91,8 +104,17 @@ class ProgressiveUnfreezer:
                 f"`schedule` must be for the {len(blocks)} blocks given, got total_blocks={schedule.total_blocks}; "
                 "pass total_blocks=len(blocks)"
             )
+        given = caps if isinstance(caps, (list, tuple)) else [caps]
+        strange = [type(cap).__name__ for cap in given if not isinstance(cap, Cap)]
+        if strange or given is not caps:
+            raise TypeError(
+                "`caps` must be a sequence of guards and triggers, got "
+                f"{(strange or [type(caps).__name__])[0]}; pass caps=[OverfitGuard()]"
+            )
         self.schedule = schedule
         self.norms = norms
+        self.caps = tuple(caps)
+        self.history = History()
         self.rebuilder = OptimizerRebuilder(
             optimizer,
             blocks,
@@ -106,6 +128,13 @@ class ProgressiveUnfreezer:
             warmup_steps,
             probe,
         )
+        if scale == 1 and why_no_rate(optimizer, optimizer.param_groups[template]) is None:
+            warnings.warn(
+                "`learning_rate_scale` should be below 1, got 1: at the head's learning rate the encoder's pretrained "
+                "features are overwritten before the head can use them; pass 0.1",
+                UserWarning,
+                stacklevel=2,
+            )
         self._norms = tuple(norms_of(block) for block in blocks)
         self._applied: tuple[int, int] | None = None
         self._seen_groups: list[dict[str, Any]] | None = None
@@ -130,21 +159,35 @@ class ProgressiveUnfreezer:
             ValueError: `epoch` is negative, or the change is refused; then nothing has changed.
             RuntimeError: The model no longer holds a block's parameter, or an accumulation is not over; likewise.
         """
-        progress = self.schedule.progress_at(epoch)
-        if progress == self._applied and self._is_as_left() and self.rebuilder.owners.look_whole():
-            return UNCHANGED
-        return self._bring_to(*progress)
+        number, peak = self.schedule.progress_at(epoch)
+        if self.caps:
+            # What the caps held back in the past, the schedule cannot tell.
+            number = min(number, *(cap.cap for cap in self.caps if cap.cap is not None), len(self.blocks))
+            peak = max(number, self._applied[1] if self._applied else 0)
+        if (number, peak) == self._applied and self._is_as_left() and self.rebuilder.owners.look_whole():
+            if not self.caps:
+                return UNCHANGED
+            change = UNCHANGED
+        else:
+            change = self._bring_to(number, peak)
+        for cap in self.caps:
+            cap.follow(number, len(self.blocks))
+        self._record(epoch, number)
+        return change
 
     def state_dict(self) -> dict[str, Any]:
         """What is needed to replay the groups in a new process: small, of JSON's types alone.
 
         Returns:
-            The schedule, each block's parameter names and shapes, and the numbers of blocks last applied.
+            The schedule, each block's parameter names and shapes, the numbers of blocks last applied, the history, and
+            the caps' states; a guard that restores weights adds those, and only then it is neither small nor JSON.
         """
         return {
             "schedule": self.schedule.model_dump(mode="json"),
             "blocks": self._layout(),
             "applied": None if self._applied is None else list(self._applied),
+            "history": self.history.state_dict(),
+            "caps": [cap.state_dict() for cap in self.caps],
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> None:
@@ -158,38 +201,60 @@ class ProgressiveUnfreezer:
             TypeError: `state_dict` is no mapping.
             ValueError: It belongs to another schedule, model or division into blocks; nothing has changed.
         """
+        numbers = self._checked(state_dict, strict)
+        before = self.history.state_dict(), [cap.state_dict() for cap in self.caps]
+        try:
+            self.history.load_state_dict(state_dict["history"])
+            for cap, saved in zip(self.caps, state_dict["caps"], strict=True):
+                cap.load_state_dict(saved)
+            if numbers:
+                self._bring_to(*numbers)
+        except Exception:
+            self.history.load_state_dict(before[0])
+            for cap, own in zip(self.caps, before[1], strict=True):
+                cap.load_state_dict(own)
+            raise
+
+    def _checked(self, state_dict: Mapping[str, Any], strict: bool) -> list[int]:
+        """Refuse the state of another run; the numbers of blocks to replay, none where `apply` was never called."""
         if not isinstance(state_dict, Mapping):
             raise TypeError(
                 f"`state_dict` must be a mapping, got {type(state_dict).__name__}; pass a saved state_dict()"
             )
         keys = self.state_dict().keys()
         if set(state_dict) != keys:
-            got = ", ".join(map(_short, state_dict)) or "none"
+            got = ", ".join(map(short, state_dict)) or "none"
             raise ValueError(
                 f"`state_dict` must have the keys {', '.join(keys)}, got {got}; "
                 "pass a saved state_dict() of an unfreezer"
             )
-        differences = list(_differences("blocks", state_dict["blocks"], self._layout()))
+        found = list(differences("blocks", state_dict["blocks"], self._layout()))
         if strict:
-            differences += _differences("schedule", state_dict["schedule"], self.schedule.model_dump(mode="json"))
-        if differences:
+            found += differences("schedule", state_dict["schedule"], self.schedule.model_dump(mode="json"))
+        if found:
             raise ValueError(
                 "`state_dict` must be of this schedule and these blocks, got "
-                + "; ".join(differences[:5])
-                + (f"; and {len(differences) - 5} more" if len(differences) > 5 else "")  # noqa: PLR2004  # enough to see what it is
+                + "; ".join(found[:5])
+                + (f"; and {len(found) - 5} more" if len(found) > 5 else "")  # noqa: PLR2004  # enough to see what it is
                 + "; rebuild what was saved"
             )
         applied = state_dict["applied"]
-        if applied is None:
-            return
         total = len(self.blocks)
         numbers = list(applied) if isinstance(applied, (list, tuple)) else []
-        if [type(number) for number in numbers] != [int, int] or not 0 <= numbers[0] <= numbers[1] <= total:
+        if applied is not None and (
+            [type(number) for number in numbers] != [int, int] or not 0 <= numbers[0] <= numbers[1] <= total
+        ):
             raise ValueError(
                 f"`state_dict['applied']` must be two numbers of blocks from 0 to {total}, in ascending order, got "
-                f"{_short(applied)}; pass a saved state_dict() as it is"
+                f"{short(applied)}; pass a saved state_dict() as it is"
             )
-        self._bring_to(*numbers)
+        caps = state_dict["caps"]
+        if not isinstance(caps, (list, tuple)) or len(caps) != len(self.caps):
+            raise ValueError(
+                f"`state_dict['caps']` must be the states of {len(self.caps)} caps, got {short(caps)}; "
+                "pass the caps of the saved run"
+            )
+        return numbers
 
     def _layout(self) -> dict[str, dict[str, list[int]]]:
         # In the order of the groups, since an optimizer's state is loaded by place: equal shapes would not tell.
@@ -239,28 +304,19 @@ class ProgressiveUnfreezer:
         self._applied, self._seen_groups, self._seen_length = (number, peak), groups, len(groups)
         return change
 
-
-def _differences(where: str, saved: Any, own: Any) -> Iterator[str]:
-    """Where two JSON-like values differ, in words; order counts, since groups follow it."""
-    if isinstance(saved, Mapping) and isinstance(own, Mapping):
-        for key in [*saved, *(key for key in own if key not in saved)]:
-            if key not in own or key not in saved:
-                yield f"{where}[{_short(key)}] {'saved alone' if key in saved else 'not saved'}"
-            else:
-                yield from _differences(f"{where}[{key!r}]", saved[key], own[key])
-        if set(saved) == set(own) and list(saved) != list(own):
-            yield f"{where} saved in the order {', '.join(saved)}"
-    elif not _equal(saved, own):
-        yield f"{where} saved as {_short(saved)}, now {own!r}"
-
-
-def _equal(saved: Any, own: Any) -> bool:
-    """Whether two values of JSON's types are equal, where the saved one may be anything."""
-    if isinstance(own, list):
-        return isinstance(saved, (list, tuple)) and len(saved) == len(own) and all(map(_equal, saved, own))
-    return type(saved) is type(own) and bool(saved == own)
-
-
-def _short(value: Any) -> str:
-    """A value on one line, whatever it is."""
-    return " ".join(_REPR.repr(value).split())
+    def _record(self, epoch: int, number: int) -> None:
+        """Note a change of the number, and the moment at which a cap begins to hold blocks back."""
+        last = self.history[-1] if self.history else None
+        scheduled = self.schedule.blocks_at(epoch)
+        binding = next((cap for cap in self.caps if cap.cap == number < scheduled), None)
+        holder = "" if binding is None else type(binding).__name__
+        if last is not None and last.number == number and (not holder or last.reason.startswith(holder)):
+            return
+        reason = "schedule"
+        if binding is not None:
+            rises = number > (last.number if last else 0)
+            reason = f"{holder}: " + ("the next block may join" if rises else binding.reason)
+        rates = self.rebuilder.learning_rates()
+        unfrozen = {block.name: rates[block.name] for block in self.blocks[::-1][:number] if block.name in rates}
+        self.history.add(Transition(epoch, number, len(self.blocks), unfrozen, reason))
+        log.info("epoch %d: %d of %d blocks are trainable (%s)", epoch, number, len(self.blocks), reason)
