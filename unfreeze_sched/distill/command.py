@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import reprlib
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -267,14 +268,32 @@ def _saved_arguments(output: Path) -> argparse.Namespace:
     expected, problem = set(vars(known.parse_args([]))), "arguments of another version"
     try:
         saved = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         saved, problem = None, type(error).__name__
-    if not isinstance(saved, dict) or set(saved) != expected:
+    actions = known._actions  # noqa: SLF001  # argparse has no public name for them
+    fits = isinstance(saved, dict) and set(saved) == expected
+    if fits and (wrong := [a.dest for a in actions if a.dest in saved and not _takes(a, saved[a.dest])]):
+        fits, problem = False, f"{wrong[0]} is {reprlib.repr(saved[wrong[0]])}"
+    if not fits:
         raise ValueError(
             f"`--resume` must be the folder of a run of this command, got {output}, whose arguments.json cannot be "
             f"read ({problem}); give the folder that the run named at its start"
         )
     return argparse.Namespace(**saved)
+
+
+def _takes(action: argparse.Action, value: Any) -> bool:
+    """Whether an option of the command line gives such a value."""
+    if action.nargs == 0:
+        return isinstance(value, bool)
+    if value is None or value == action.default:
+        return type(value) is type(action.default)
+    read = action.type if callable(action.type) else str
+    try:
+        again = read(str(value))
+    except (ValueError, argparse.ArgumentTypeError):
+        return False
+    return type(again) is type(value) and again == value and (action.choices is None or value in action.choices)
 
 
 def _new_folder(name: str | None) -> Path:
