@@ -76,7 +76,8 @@ class Run:
         try:
             for epoch in range(start, EPOCHS):
                 on_epoch(epoch)
-                if self.unfreezer.apply(epoch) or epoch == 4:  # a refreezing changes no group
+                self.unfreezer.apply(epoch)
+                if self.unfreezer.history[-1].epoch == epoch:
                     on_change(self)
                 for step in range(STEPS):
                     generator = torch.Generator().manual_seed(100 * epoch + step)

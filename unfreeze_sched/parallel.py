@@ -46,7 +46,8 @@ def rewrap_ddp(ddp: DistributedDataParallel) -> DistributedDataParallel:
 
     Example:
         ```python
-        if unfreezer.apply(epoch):
+        unfreezer.apply(epoch)
+        if unfreezer.history[-1].epoch == epoch:  # the number of blocks has changed
             ddp = rewrap_ddp(ddp)
         ```
     """

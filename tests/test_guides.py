@@ -1,0 +1,113 @@
+"""The guides' snippets run, in the order in which they stand."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from oracle import Net
+from torch import distributed
+from torch.distributed.checkpoint.state_dict import get_state_dict
+from torch.nn.parallel import DistributedDataParallel
+
+import unfreeze_sched
+from unfreeze_sched import ProgressiveUnfreezer, RatePreset, UnfreezeSchedule
+from unfreeze_sched.parallel import all_trainable, rewrap_ddp
+
+ROOT = Path(unfreeze_sched.__file__).parent
+
+
+def snippets(guide: str) -> list[str]:
+    """The Python blocks of a guide."""
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / guide).read_text(), re.MULTILINE | re.DOTALL)
+
+
+def make() -> dict[str, Any]:
+    """What a guide's reader has already: model, optimizer, scheduler, schedule and unfreezer."""
+    model = Net(3)
+    optimizer = torch.optim.AdamW(model.head.parameters(), lr=0.01)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 8)
+    preset = RatePreset(unfreeze_start_epoch=1, unfreeze_rate=2)
+    schedule = UnfreezeSchedule(preset=preset, total_blocks=3, total_epochs=8)
+    unfreezer = ProgressiveUnfreezer(model.make_blocks(), optimizer, schedule, lr_schedulers=[scheduler])
+    return locals()
+
+
+def train_one_epoch(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    for _ in range(2):
+        model(torch.randn(4, 4, dtype=next(model.parameters()).dtype)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def run(code: str, names: dict[str, Any]) -> None:
+    exec(compile(code, "<guide>", "exec"), names)  # noqa: S102  # the guide's own code
+
+
+def test_resume(tmp_path: Path) -> None:
+    """The guide saves in the middle of a run and goes on in another one to the end."""
+    save, load = snippets("resume.md")
+    first = make() | {"torch": torch, "path": tmp_path / "last.pth", "epoch": 4}
+    for epoch in range(4):
+        first["unfreezer"].apply(epoch)
+        train_one_epoch(first["model"], first["optimizer"])
+        first["scheduler"].step()
+    run(save, first)
+    second = make() | {"torch": torch, "path": tmp_path / "last.pth"}
+    run(load, second)
+    assert second["epoch"] == 7
+    assert len(second["optimizer"].param_groups) == 4
+    head = next(first["model"].head.parameters())
+    again = next(second["model"].head.parameters())
+    assert torch.equal(second["optimizer"].state[again]["exp_avg"], first["optimizer"].state[head]["exp_avg"])
+
+
+@pytest.mark.parametrize("way", [0, 1])
+def test_schedulers(way: int) -> None:
+    """Late under a scheduler that is passed, and declared before one that depends on the past."""
+    names = make() | {"torch": torch, "ProgressiveUnfreezer": ProgressiveUnfreezer, "steps": 2}
+    names["optimizer"] = torch.optim.AdamW(names["model"].head.parameters(), lr=0.01)
+    names["blocks"] = names["model"].make_blocks()
+    run(snippets("schedulers.md")[way], names)
+    optimizer, scheduler = names["optimizer"], names["scheduler"]
+    for epoch in range(8):
+        names["unfreezer"].apply(epoch)
+        train_one_epoch(names["model"], optimizer)
+        scheduler.step(*([] if way == 0 else [1.0]))
+        rates = [group["lr"] for group in optimizer.param_groups]
+        assert rates[1:] == pytest.approx([rates[0] * 0.1] * (len(rates) - 1))
+    assert len(rates) == 4
+
+
+@pytest.fixture
+def group(tmp_path: Path) -> Iterator[None]:
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("way", [0, 1])
+@pytest.mark.filterwarnings("ignore:.*find_unused_parameters")
+def test_parallel(way: int) -> None:
+    """Both ways of the guide train all blocks, and the checkpoint holds the state of each."""
+    *ways, checkpoint = snippets("parallel.md")
+    names = make() | {
+        "DistributedDataParallel": DistributedDataParallel,
+        "rewrap_ddp": rewrap_ddp,
+        "train_one_epoch": train_one_epoch,
+        "all_trainable": all_trainable,
+        "get_state_dict": get_state_dict,
+    }
+    before = {name: p.detach().clone() for name, p in names["model"].named_parameters()}
+    run(ways[way], names)
+    assert all(not torch.equal(p, before[name]) for name, p in names["model"].named_parameters())
+    covered = names["ddp"]._get_ddp_logging_data()["num_parameter_tensors"]
+    assert covered == len(before)
+    names["unfreezer"].apply(0)
+    run(checkpoint, names)
+    assert names["optimizer_state"]["state"].keys() == before.keys()
