@@ -7,6 +7,7 @@ where the flag was not given, so that a flag can override a preset's value, or t
 from __future__ import annotations
 
 import argparse
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -294,7 +295,11 @@ def unfreezer_from_args(
     schedule = UnfreezeSchedule(preset=preset, total_blocks=len(blocks), total_epochs=total_epochs)
     asked = vars(args)
     given = {flag.keyword: asked[name] for name, flag in _FLAGS.items() if flag.keyword and asked.get(name) is not None}
-    return ProgressiveUnfreezer(blocks, optimizer, schedule, lr_schedulers, **{**keywords, **given})
+    with warnings.catch_warnings():
+        if preset.learning_rate_scale == 1 and "learning_rate_scale" not in given:
+            # Full fine-tuning at one rate is what a script without the flags does; nobody asked for a lower one.
+            warnings.filterwarnings("ignore", message="`learning_rate_scale` should be below 1")
+        return ProgressiveUnfreezer(blocks, optimizer, schedule, lr_schedulers, **{**keywords, **given})
 
 
 def one_line(error: ValidationError) -> str:
