@@ -1,0 +1,367 @@
+"""The Trainer of transformers with the callback, beside the plain loop over the same batches."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+from unfreeze_sched import MilestonePreset, ProgressiveUnfreezer, RatePreset, UnfreezeSchedule, encoder_blocks  # noqa: E402
+from unfreeze_sched.integrations.transformers import UnfreezeTrainerCallback  # noqa: E402
+
+EPOCHS, SAMPLES, BATCH = 5, 12, 3
+STEPS = EPOCHS * SAMPLES // BATCH
+PRESET = RatePreset(unfreeze_start_epoch=1, unfreeze_rate=1, learning_rate_scale=0.5)
+PER_STEP = RatePreset(unfreeze_start_epoch=3, unfreeze_rate=5, learning_rate_scale=0.5)
+
+
+def bert(dropout: float = 0.0) -> nn.Module:
+    config = transformers.BertConfig(
+        vocab_size=40,
+        hidden_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=8,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+    )
+    return transformers.BertForSequenceClassification(config)
+
+
+def vit(dropout: float = 0.0) -> nn.Module:
+    config = transformers.ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=16,
+        image_size=16,
+        patch_size=8,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+    )
+    return transformers.ViTForImageClassification(config)
+
+
+class Samples(Dataset[dict[str, Any]]):
+    """Random samples of what the model takes."""
+
+    def __init__(self, model: nn.Module) -> None:
+        generator = torch.Generator().manual_seed(2)
+        if model.config.model_type == "bert":
+            self.inputs = {"input_ids": torch.randint(40, (SAMPLES, 6), generator=generator)}
+        else:
+            self.inputs = {"pixel_values": torch.randn(SAMPLES, 3, 16, 16, generator=generator)}
+        self.inputs["labels"] = torch.randint(2, (SAMPLES,), generator=generator)
+
+    def __len__(self) -> int:
+        return SAMPLES
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {key: value[index] for key, value in self.inputs.items()}
+
+
+def make_trainer(root: Path, model: nn.Module, callback: Any, **arguments: Any) -> Any:
+    """A Trainer that writes down its batches."""
+    collate = transformers.default_data_collator
+    batches: list[dict[str, Any]] = []
+
+    def collator(samples: list[Any]) -> dict[str, Any]:
+        batches.append(collate(samples))
+        return batches[-1]
+
+    settings: dict[str, Any] = {
+        "num_train_epochs": EPOCHS,
+        "per_device_train_batch_size": BATCH,
+        "learning_rate": 0.01,
+        "weight_decay": 0.1,
+        "warmup_steps": 4,
+        "lr_scheduler_type": "linear",
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "logging_strategy": "no",
+        "dataloader_pin_memory": False,
+        **arguments,
+    }
+    trainer = transformers.Trainer(
+        model=model,
+        args=transformers.TrainingArguments(output_dir=str(root), **settings),
+        train_dataset=Samples(model),
+        eval_dataset=Samples(model),
+        data_collator=collator,
+        callbacks=[callback] if callback else None,
+    )
+    trainer.batches = batches
+    return trainer
+
+
+def twins(make: Callable[..., nn.Module], dropout: float = 0.0) -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    model = make(dropout)
+    return model, copy.deepcopy(model)
+
+
+def plain_loop(
+    model: nn.Module,
+    batches: list[dict[str, Any]],
+    preset: Any,
+    unit: str = "epochs",
+    accumulate: int = 1,
+    divisor: int = 1,
+) -> Any:
+    """The library in a loop of one's own, with what the Trainer does besides: two groups, linear warm-up, clipping."""
+    blocks = encoder_blocks(model)
+    inside = {id(p) for block in blocks for p in block.parameters()}
+    head = [(name, p) for name, p in model.named_parameters() if id(p) not in inside]
+    groups = [
+        {"params": [p for name, p in head if "bias" not in name and "layernorm" not in name], "weight_decay": 0.1},
+        {"params": [p for name, p in head if "bias" in name or "layernorm" in name], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=0.01, fused=True)
+    steps = STEPS // accumulate
+    scheduler = transformers.get_linear_schedule_with_warmup(optimizer, 4, steps)
+    schedule = UnfreezeSchedule(preset=preset, total_blocks=3, total_epochs=EPOCHS if unit == "epochs" else steps)
+    unfreezer = ProgressiveUnfreezer(blocks, optimizer, schedule, lr_schedulers=[scheduler], no_decay=True)
+    per_epoch = len(batches) // EPOCHS
+    for index, batch in enumerate(batches):
+        if index % per_epoch == 0 and unit == "epochs":
+            unfreezer.apply(index // per_epoch)
+        if unit == "steps" and index % accumulate == 0:
+            unfreezer.apply(index // accumulate)
+        model.train()
+        (model(**batch).loss / divisor).backward()
+        if (index + 1) % accumulate == 0:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+    return optimizer
+
+
+def assert_equal(model: nn.Module, optimizer: Any, other: nn.Module, other_optimizer: Any) -> None:
+    """Weights, states and groups, to the bit."""
+    theirs = other.state_dict()
+    assert [key for key, value in model.state_dict().items() if not torch.equal(value, theirs[key])] == []
+    ours, theirs = optimizer.state_dict(), other_optimizer.state_dict()
+    assert ours["param_groups"] == theirs["param_groups"]
+    assert ours["state"].keys() == theirs["state"].keys()
+    for index, state in ours["state"].items():
+        assert all(torch.equal(value, theirs["state"][index][key]) for key, value in state.items())
+
+
+@pytest.mark.parametrize("make", [bert, vit])
+@pytest.mark.parametrize(
+    ("unit", "preset", "accumulate"),
+    [("epochs", PRESET, 1), ("steps", PER_STEP, 1), ("steps", PER_STEP.replace(unfreeze_rate=2), 2)],
+)
+def test_a_run_equals_the_plain_loop(tmp_path: Path, make: Any, unit: Any, preset: Any, accumulate: int) -> None:
+    """Through three transitions, by epochs or by steps, the Trainer's run is the plain loop's, to the bit."""
+    model, twin = twins(make)
+    callback = UnfreezeTrainerCallback(preset, unit=unit)
+    trainer = make_trainer(tmp_path, model, callback, gradient_accumulation_steps=accumulate)
+    trainer.train()
+    assert len(callback.unfreezer.schedule.transitions()) == 3
+    divisor = 1 if make is bert else accumulate  # the Trainer leaves it to the model's loss, and BERT's does not divide
+    optimizer = plain_loop(twin, trainer.batches, preset, unit, accumulate, divisor)
+    assert_equal(model, trainer.optimizer, twin, optimizer)
+    # Two groups of the Trainer's own, two for each block.
+    assert [group.get("unfreeze_block") for group in optimizer.param_groups[2:]] == [
+        block.name for block in reversed(callback.unfreezer.blocks) for _ in range(2)
+    ]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0] * 4
+
+
+@pytest.mark.parametrize("make", [bert, vit])
+@pytest.mark.parametrize(("unit", "preset"), [("epochs", PRESET), ("steps", PER_STEP)])
+@pytest.mark.parametrize("step", [2, 8, 14])
+def test_resume_from_its_own_checkpoint(tmp_path: Path, make: Any, unit: Any, preset: Any, step: int) -> None:
+    """`resume_from_checkpoint`, between epochs and within, into new objects, ends where the uninterrupted run ends."""
+    whole_model, begun = twins(make, 0.1)
+    whole = make_trainer(tmp_path, whole_model, UnfreezeTrainerCallback(preset, unit=unit))
+    whole.train()
+
+    class Stop(transformers.TrainerCallback):
+        def on_step_end(self, *arguments: Any, **_: Any) -> None:
+            _, state, control = arguments
+            if state.global_step == step:
+                control.should_save = control.should_training_stop = True
+
+    trainer = make_trainer(tmp_path, begun, UnfreezeTrainerCallback(preset, unit=unit))
+    trainer.add_callback(Stop())
+    trainer.train()
+
+    torch.manual_seed(99)
+    model = make(0.1)
+    if make is vit:  # whose weights this Trainer does not find again, with or without the callback (the next test)
+        model = type(model).from_pretrained(tmp_path / f"checkpoint-{step}")
+    resumed = make_trainer(tmp_path, model, UnfreezeTrainerCallback(preset, unit=unit))
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+    assert_equal(model, resumed.optimizer, whole_model, whole.optimizer)
+
+
+def test_the_guide_is_right_about_renamed_weights(tmp_path: Path) -> None:
+    """Without the callback too, the Trainer resumes a ViT without its layers' weights; then the guide's caveat can go."""
+    model, _ = twins(vit)
+    make_trainer(tmp_path, model, None, max_steps=1, save_strategy="steps", save_steps=1).train()
+    fresh = make_trainer(tmp_path, vit(), None, max_steps=1)
+    fresh.train(resume_from_checkpoint=True)
+    name = "vit.layers.0.mlp.fc1.weight"
+    assert not torch.equal(fresh.model.state_dict()[name], model.state_dict()[name])
+
+
+class Unlike(transformers.Trainer):
+    """A Trainer with its blocks in a group of their own rate."""
+
+    def create_optimizer(self, *_: Any) -> Any:
+        blocks = encoder_blocks(self.model)
+        inside = {id(p): p for block in blocks for p in block.parameters()}
+        head = [p for p in self.model.parameters() if id(p) not in inside]
+        self.optimizer = torch.optim.AdamW([{"params": head}, {"params": inside.values(), "lr": 1e-5}], lr=0.01)
+        return self.optimizer
+
+
+def test_a_rate_of_its_own_is_not_lost(tmp_path: Path) -> None:
+    """An optimizer with a rate for the blocks alone is refused, since the schedule's own would replace it silently."""
+    model, _ = twins(bert)
+    arguments = transformers.TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
+    trainer = Unlike(model, arguments, train_dataset=Samples(model), callbacks=[UnfreezeTrainerCallback(PRESET)])
+    with pytest.raises(
+        ValueError, match=r"`optimizer` must not hold a group of block parameters alone .* group 1 at lr=1e-05"
+    ):
+        trainer.train()
+
+
+def test_refreezing_and_a_longer_run(tmp_path: Path) -> None:
+    """A schedule that goes back refreezes, and a run with a preset may be resumed into a longer one."""
+    preset = MilestonePreset(milestones={1: 2, 2: 1}, learning_rate_scale=0.5)
+    model, _ = twins(bert)
+    arguments = {"save_strategy": "epoch", "lr_scheduler_type": "constant", "warmup_steps": 0}
+    make_trainer(tmp_path, model, UnfreezeTrainerCallback(preset), num_train_epochs=3, **arguments).train()
+    whole, _ = twins(bert)
+    long = make_trainer(tmp_path / "long", whole, UnfreezeTrainerCallback(preset), **arguments)
+    long.train()
+
+    longer, _ = twins(bert)
+    callback = UnfreezeTrainerCallback(preset)
+    resumed = make_trainer(tmp_path, longer, callback, **arguments)
+    resumed.train(resume_from_checkpoint=True)
+    assert_equal(longer, resumed.optimizer, whole, long.optimizer)
+    assert [any(p.requires_grad for p in block.parameters()) for block in callback.unfreezer.blocks] == [
+        False,
+        False,
+        True,
+    ]
+    state = json.loads(next(tmp_path.glob("checkpoint-12/trainer_state.json")).read_text())
+    assert json.loads(state["stateful_callbacks"]["unfreeze_sched"])["applied"] == [1, 2]
+
+
+def test_another_schedule_is_refused(tmp_path: Path) -> None:
+    """A checkpoint of another preset is refused with the difference."""
+    model, twin = twins(bert)
+    make_trainer(tmp_path, model, UnfreezeTrainerCallback(PRESET), save_strategy="epoch").train()
+    other = UnfreezeTrainerCallback(PRESET.replace(unfreeze_rate=2))
+    with pytest.raises(ValueError, match=r"schedule\['preset'\]\['unfreeze_rate'\] saved as 1, now 2"):
+        make_trainer(tmp_path, twin, other).train(resume_from_checkpoint=True)
+
+
+def test_a_second_run_of_one_trainer(tmp_path: Path) -> None:
+    """`train()` again goes on with the optimizer that the Trainer keeps: frozen anew, in the groups that are there."""
+    model, _ = twins(bert)
+    callback = UnfreezeTrainerCallback(PRESET)
+    trainer = make_trainer(tmp_path, model, callback)
+    trainer.train()
+    first = callback.unfreezer
+    trainer.train()
+    assert callback.unfreezer is not first
+    assert len(trainer.optimizer.param_groups) == 8
+    assert [transition.number for transition in callback.unfreezer.history] == [0, 1, 2, 3]
+
+
+def test_a_trainer_without_the_callback_is_as_before(tmp_path: Path) -> None:
+    """Importing the module changes no other Trainer: it saves, and resumes to the bit."""
+    model, twin = twins(bert)
+    whole = make_trainer(tmp_path, model, None, save_strategy="epoch")
+    whole.train()
+    assert len(whole.optimizer.param_groups) == 2
+    resumed = make_trainer(tmp_path, twin, None)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    assert_equal(twin, resumed.optimizer, model, whole.optimizer)
+
+
+def test_caps_follow_the_monitored_metric(tmp_path: Path) -> None:
+    """A guard that is fed the monitored metric holds the blocks, and goes on to hold them after a resume."""
+    from unfreeze_sched.guards import OverfitGuard  # noqa: PLC0415  # where it is used
+
+    def run(epochs: int, *, resume: bool) -> Any:
+        callback = UnfreezeTrainerCallback(PRESET, monitor="eval_runtime_of_a_kind", caps=[OverfitGuard(patience=1)])
+        trainer = make_trainer(
+            tmp_path, twins(bert)[0], callback, num_train_epochs=epochs, save_strategy="epoch", eval_strategy="epoch"
+        )
+        evaluate = trainer.evaluation_loop
+
+        def worse(*args: Any, **keywords: Any) -> Any:
+            output = evaluate(*args, **keywords)
+            output.metrics["eval_runtime_of_a_kind"] = trainer.state.epoch
+            return output
+
+        trainer.evaluation_loop = worse
+        trainer.train(resume_from_checkpoint=resume)
+        return callback.unfreezer
+
+    for unfreezer in (run(3, resume=False), run(EPOCHS, resume=True)):
+        assert (unfreezer.caps[0].cap, len(unfreezer.rebuilder.optimizer.param_groups)) == (1, 4)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        (
+            lambda: UnfreezeTrainerCallback(None),
+            TypeError,
+            "`schedule` must be an UnfreezeSchedule or a preset, got NoneType; pass MEDIUM",
+        ),
+        (
+            lambda: UnfreezeTrainerCallback(PRESET, unit="batches"),
+            ValueError,
+            "`unit` must be one of epochs, steps, got 'batches'; 'epochs' is the default",
+        ),
+        (
+            lambda: UnfreezeTrainerCallback(PRESET, monitor=3),
+            TypeError,
+            "`monitor` must be a metric's name or None, got 3; pass one that you log",
+        ),
+        (
+            lambda: UnfreezeTrainerCallback(PRESET, template_=1),
+            TypeError,
+            "`template_` must be a keyword of ProgressiveUnfreezer (",
+        ),
+    ],
+)
+def test_arguments_are_checked_at_once(call: Any, error: type[Exception], text: str) -> None:
+    """What needs no model is refused where the callback is made."""
+    with pytest.raises(error, match=re.escape(text)):
+        call()
+
+
+def test_a_missing_framework_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without transformers the import says what to install."""
+    monkeypatch.delitem(sys.modules, "unfreeze_sched.integrations.transformers")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    text = "`UnfreezeTrainerCallback` needs transformers and accelerate, of which one is not installed; pip install 'unfreeze-sched[transformers]'"
+    with pytest.raises(ModuleNotFoundError, match=re.escape(text)):
+        import_module("unfreeze_sched.integrations.transformers")

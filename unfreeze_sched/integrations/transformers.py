@@ -1,0 +1,139 @@
+"""`UnfreezeTrainerCallback` for the Trainer of transformers; [the guide](transformers.md).
+
+The Trainer has no event between making its optimizer and loading a checkpoint into it, where the groups have to be
+replayed. So importing this module wraps `Trainer._load_optimizer_and_scheduler`, which does nothing more for a Trainer
+without the callback.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from typing import Any, Literal, get_args
+
+from unfreeze_sched.integrations._common import Blocks, Plan, Schedule
+from unfreeze_sched.unfreezer import ProgressiveUnfreezer
+
+try:
+    from transformers import Trainer, TrainerCallback
+except ImportError as error:  # transformers' own without torch's companions is one too
+    raise ModuleNotFoundError(
+        "`UnfreezeTrainerCallback` needs transformers and accelerate, of which one is not installed; "
+        "pip install 'unfreeze-sched[transformers]'",
+        name="transformers",
+    ) from error
+
+Unit = Literal["epochs", "steps"]
+
+_STATE = "unfreeze_sched"  # in trainer_state.json, beside the states of other callbacks
+
+
+class UnfreezeTrainerCallback(TrainerCallback):  # type: ignore[misc]  # transformers is not followed
+    """Unfreezes blocks at the start of epochs or steps, and lets them join the Trainer's own optimizer.
+
+    The Trainer makes its optimizer of the whole model: the blocks' parameters are taken out when training starts, and
+    each joins in its turn. As the Trainer does, norms and biases get no weight decay. A checkpoint of the Trainer holds
+    all that `resume_from_checkpoint` needs.
+
+    Args:
+        schedule: An `UnfreezeSchedule`, or a preset, which is then laid over the run's epochs or steps.
+        blocks: The blocks, shallow to deep, or a function of the model that returns them; None takes
+            `encoder_blocks(model)`.
+        unit: What the schedule counts: `"epochs"`, or optimizer `"steps"`.
+        monitor: Name of a metric of evaluation, such as `"eval_loss"`, that `caps` are fed with.
+        **keywords: The others of `ProgressiveUnfreezer`, such as `layer_decay=0.8`.
+
+    Raises:
+        TypeError: An argument of the wrong type, or an unknown keyword.
+        ValueError: An argument out of range; what depends on the model is checked when training starts.
+
+    Example:
+        >>> from unfreeze_sched import MEDIUM
+        >>> callback = UnfreezeTrainerCallback(MEDIUM)  # Trainer(..., callbacks=[callback])
+    """
+
+    unfreezer: ProgressiveUnfreezer | None = None
+    """That of the present or last run; None before the first."""
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        blocks: Blocks | None = None,
+        unit: Unit = "epochs",
+        monitor: str | None = None,
+        **keywords: Any,
+    ) -> None:
+        self._plan = Plan(schedule, blocks, monitor, {"no_decay": True, **keywords})
+        if unit not in get_args(Unit):
+            raise ValueError(
+                f"`unit` must be one of {', '.join(get_args(Unit))}, got {unit!r}; 'epochs' is the default"
+            )
+        self._unit = unit
+        self._epoch = 0
+
+    def begin(self, model: Any, optimizer: Any, lr_scheduler: Any, state: Any) -> None:
+        """Take up a run, once: before a checkpoint is loaded, or when training begins."""
+        unfreezer = self.unfreezer
+        if (
+            unfreezer
+            and unfreezer.rebuilder.optimizer is optimizer
+            and unfreezer.rebuilder.lr_schedulers == [lr_scheduler]
+        ):
+            return
+        total = state.num_train_epochs if self._unit == "epochs" else state.max_steps
+        self.unfreezer = self._plan.unfreezer(model, optimizer, [lr_scheduler], total)
+        if saved := state.stateful_callbacks.get(_STATE):
+            self._plan.load(self.unfreezer, json.loads(saved))
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
+        """Take up the run; its optimizer and LR scheduler are there now."""
+        del args, control
+        self.begin(objects["model"], objects["optimizer"], objects["lr_scheduler"], state)
+        self._epoch = int(state.epoch or 0)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
+        """Bring the model to the epoch's state."""
+        del args, control, objects
+        if self._unit == "epochs":
+            self._apply(self._epoch, state)
+        self._epoch += 1  # `state.epoch` falls behind where an epoch is stopped early
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
+        """Bring the model to the step's state; between steps of the optimizer this is not called."""
+        del args, control, objects
+        if self._unit == "steps":
+            self._apply(state.global_step, state)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
+        """Feed guards and triggers."""
+        del args, control
+        if self.unfreezer and self.unfreezer.history:
+            self._plan.feed(self.unfreezer, objects["metrics"])
+            self._keep(state)
+
+    def _apply(self, number: int, state: Any) -> None:
+        assert self.unfreezer is not None
+        before = len(self.unfreezer.history)
+        self.unfreezer.apply(number)
+        if len(self.unfreezer.history) > before:
+            self._keep(state)
+
+    def _keep(self, state: Any) -> None:
+        """Leave the state where the Trainer's checkpoint takes it from; as text, since the Trainer sorts keys."""
+        assert self.unfreezer is not None
+        state.stateful_callbacks[_STATE] = json.dumps(self.unfreezer.state_dict())
+
+
+_load = Trainer._load_optimizer_and_scheduler  # noqa: SLF001  # see above
+
+
+@functools.wraps(_load)
+def _replay_and_load(trainer: Any, checkpoint: str | None) -> None:
+    if checkpoint is not None:
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, UnfreezeTrainerCallback):
+                callback.begin(trainer.model, trainer.optimizer, trainer.lr_scheduler, trainer.state)
+    _load(trainer, checkpoint)
+
+
+Trainer._load_optimizer_and_scheduler = _replay_and_load  # noqa: SLF001
