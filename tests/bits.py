@@ -45,7 +45,7 @@ def broken(value: Any, draw: random.Random, junk: Sequence[Any]) -> tuple[Any, l
     value = copy.deepcopy(value)
     done = []
     for _ in range(draw.choice((1, 1, 1, 2, 3))):
-        path, box, key = draw.choice(list(_places(value)))
+        path, box, key = draw.choice(list(places(value)))
         what = draw.choice(("delete", "rename", "repeat", "replace", "replace", "replace", "reverse", "swap"))
         thing = draw.choice(junk)
         if what == "delete":
@@ -59,7 +59,7 @@ def broken(value: Any, draw: random.Random, junk: Sequence[Any]) -> tuple[Any, l
             box.clear()
             box.update(items)
         elif what == "swap":
-            _, other, other_key = draw.choice(list(_places(value)))
+            _, other, other_key = draw.choice(list(places(value)))
             box[key], thing = copy.deepcopy(other[other_key]), f"{other_key!r}"
         else:
             box[key], what = thing, "replace"
@@ -67,9 +67,9 @@ def broken(value: Any, draw: random.Random, junk: Sequence[Any]) -> tuple[Any, l
     return value, done
 
 
-def _places(value: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+def places(value: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
     """Each place that holds something: its path, its container, and its key there."""
     pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in pairs:
         yield f"{path}[{key!r}]", value, key
-        yield from _places(item, f"{path}[{key!r}]")
+        yield from places(item, f"{path}[{key!r}]")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import collections
 import copy
 import functools
@@ -23,18 +24,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bits import broken, differences, flat, seeded
+from bits import broken, differences, flat, places, seeded
 from oracle import Net
 from torch import nn
 
 from unfreeze_sched import Block, MilestonePreset, ProgressiveUnfreezer, RatePreset, UnfreezeSchedule
+from unfreeze_sched.guards import OverfitGuard, PlateauTrigger
 
 pytest.importorskip("segmentation_models_pytorch")
 Image = pytest.importorskip("PIL.Image")
 
 from images import write_images  # noqa: E402  # after the skips
 
+from unfreeze_sched.cli import main  # noqa: E402  # likewise
 from unfreeze_sched.distill import checkpoints, training  # noqa: E402  # likewise
+from unfreeze_sched.distill.arguments import add_arguments  # noqa: E402  # likewise
 from unfreeze_sched.distill.checkpoints import CheckpointError, load_segmentation_state, read_checkpoint  # noqa: E402  # likewise
 from unfreeze_sched.distill.data import load_folder  # noqa: E402  # likewise
 from unfreeze_sched.distill.loss import DistillationLoss  # noqa: E402  # likewise
@@ -352,7 +356,7 @@ def holds(states: dict[str, Any], content: dict[str, Any]) -> bool:
 
 def test_broken_contents(trial: Trial) -> None:
     """Values that are missing, moved, or of another type are refused and nothing is loaded, or all that is there is."""
-    draw, number = seeded("contents"), 250
+    draw, number = seeded("contents"), 200
     for _ in range(number):
         content, done = broken(trial.content, draw, JUNK)
         states = trial.resume(saved_as(content), "; ".join(done))
@@ -363,7 +367,7 @@ def test_broken_contents(trial: Trial) -> None:
 
 def test_broken_pickles_with_right_checksums(trial: Trial, saved: bytes) -> None:
     """A flipped bit in the pickle of a file whose checksums are right is refused, or all that is there is loaded."""
-    draw, number = seeded("pickles"), 250
+    draw, number = seeded("pickles"), 200
     with zipfile.ZipFile(io.BytesIO(saved)) as archive:
         records = {info.filename: archive.read(info) for info in archive.infolist()}
     name = next(name for name in records if name.endswith("data.pkl"))
@@ -490,6 +494,38 @@ def test_the_attacks_are_real(index: int, tmp_path: Path) -> None:
     assert canary.exists()
 
 
+# The arguments that a run keeps beside its checkpoints.
+
+
+def test_broken_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Saved arguments that no command line gives are one line and exit code 2, before anything is begun."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    words = ["--data", str(tmp_path / "none"), "--preset", "small", "--teacher", "t.pth", "--compare-frozen"]
+    good, file = vars(parser.parse_args([*words, "--teacher-epochs", "3"])), tmp_path / "arguments.json"
+    cases = [json.dumps({**good, key: thing}) for key in good for thing in ({}, [], [1], {"a": 1})]
+    cases += [json.dumps({**good, key: 1.5}) for key in good if key not in {"lr", "learning_rate_scale"}]
+    cases += [
+        json.dumps({**good, key: "words"}) for key in ("epochs", "lr", "seed", "norms", "preset", "compare_frozen")
+    ]
+    cases += [
+        json.dumps({**good, key: None}) for key in ("epochs", "lr", "student_encoder", "image_size", "batch_size")
+    ]
+    cases += [json.dumps({**good, key: -1}) for key in ("epochs", "lr", "seed", "image_size", "batch_size")]
+    cases += ["", "[]", "[" * 100_000, "{}", json.dumps(good)[:-3], json.dumps({**good, "more": 1})]
+    for case in cases:
+        file.write_text(case)
+        assert main(["distill", "--resume", str(tmp_path)]) == 2, case[:500]
+        error = capsys.readouterr().err
+        assert re.fullmatch(
+            r"unfreeze-sched: `--resume` must be .* arguments.json cannot be read \(.*\); .*\n", error
+        ), case
+    file.write_text(json.dumps(good))
+    assert main(["distill", "--resume", str(tmp_path)]) == 2
+    assert "`--resume`" not in capsys.readouterr().err  # but for the data, which is not there, these are right
+    assert [item.name for item in tmp_path.iterdir()] == ["arguments.json"]
+
+
 # `ProgressiveUnfreezer.load_state_dict`.
 
 ODD = [*JUNK, np.ones(2), torch.ones(2), object(), {1, 2}, iter([1]), 2 * (1 << 63), "x" * 10_000, b"x" * 10_000, ...]
@@ -503,18 +539,30 @@ def new_unfreezer(**keywords: Any) -> tuple[ProgressiveUnfreezer, Net]:
     net = Net()
     optimizer = torch.optim.AdamW(net.head.parameters(), lr=0.01)
     schedule = UnfreezeSchedule(preset=DOWN, total_blocks=3, total_epochs=6)
+    if "caps" in keywords:
+        keywords = {**keywords, "caps": [kind(patience=1) for kind in keywords["caps"]]}
     return ProgressiveUnfreezer(net.make_blocks(), optimizer, schedule, **keywords), net
 
 
+KEYWORDS: dict[str, dict[str, Any]] = {
+    "late": {},
+    "declared": {"membership": "declared"},
+    "drop, no decay": {"on_refreeze": "drop", "no_decay": True},
+    "caps": {"caps": [OverfitGuard, PlateauTrigger]},
+}
+
+
 @pytest.mark.parametrize("strict", [True, False])
-@pytest.mark.parametrize("keywords", [{}, {"membership": "declared"}, {"on_refreeze": "drop", "no_decay": True}])
+@pytest.mark.parametrize("kind", KEYWORDS)
 @pytest.mark.parametrize("begun", [False, True])
-def test_broken_states_of_an_unfreezer(keywords: dict[str, Any], *, begun: bool, strict: bool) -> None:
+def test_broken_states_of_an_unfreezer(kind: str, *, begun: bool, strict: bool) -> None:
     """A state that is not as it was saved is a TypeError or ValueError of one short line, and changes nothing."""
-    draw, counts = seeded(f"{keywords}{begun}{strict}"), collections.Counter[str]()
+    draw, counts, keywords = seeded(f"{kind}{begun}{strict}"), collections.Counter[str](), KEYWORDS[kind]
     saving, _ = new_unfreezer(**keywords)
     for epoch in range(4):
         saving.apply(epoch)
+        for cap in saving.caps:
+            cap.step(1.0 + epoch)
     good = saving.state_dict()
 
     def renew() -> tuple[ProgressiveUnfreezer, Net, dict[str, Any]]:
@@ -530,14 +578,18 @@ def test_broken_states_of_an_unfreezer(keywords: dict[str, Any], *, begun: bool,
     # The numbers of blocks apart, which are most of what can still be right.
     states = [broken(good, draw, ODD) for _ in range(150)]
     states += [({**good, "applied": [draw.randrange(-1, 5), draw.randrange(-1, 5)]}, ["applied"]) for _ in range(10)]
-    states += [({**good, key: DEEP}, [f"deep {key}"]) for key in good]
+    for index in range(len(list(places(good)))):  # too deep to be printed, in each place
+        deep = copy.deepcopy(good)
+        path, box, key = list(places(deep))[index]
+        box[key] = DEEP
+        states.append((deep, [f"deep {path}"]))
     states += [(thing, [type(thing).__name__]) for thing in (*ODD, DEEP)]
     for state, done in states:
         try:
             unfreezer.load_state_dict(state, strict=strict)
         except (TypeError, ValueError) as error:
             text = str(error)
-            assert re.fullmatch("`state_dict.{,3000}", text), (done, text)
+            assert re.fullmatch("`(state_dict|saved|total).{,3000}", text), (done, text)
             assert dict(flat(all_of(unfreezer, net, unfreezer.rebuilder.optimizer))) == before, done
             counts["refused"] += 1
             continue
@@ -553,6 +605,6 @@ def test_broken_states_of_an_unfreezer(keywords: dict[str, Any], *, begun: bool,
         assert saved_now["blocks"] == state["blocks"], done
         unfreezer.apply(5)
         unfreezer, net, before = renew()
-    print(f"{keywords}, strict={strict}: {sum(counts.values())} states, {dict(counts)}")  # noqa: T201  # pytest -rP shows it
+    print(f"{kind}, begun={begun}, strict={strict}: {sum(counts.values())} states, {dict(counts)}")  # noqa: T201  # pytest -rP shows it
     assert counts["refused"] > 50
     assert counts["loaded"]

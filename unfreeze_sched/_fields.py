@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import operator
+import reprlib
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -22,7 +23,7 @@ def as_count(value: Any, name: str, *, minimum: int, fix: str) -> int:
         >>> as_count(3, "epoch", minimum=0, fix="epochs are 0-based")
         3
     """
-    text = f"`{name}` must be an integer of at least {minimum}, got {value!r}; {fix}"
+    text = f"`{name}` must be an integer of at least {minimum}, got {' '.join(reprlib.repr(value).split())}; {fix}"
     try:
         count = operator.index(value)
     except TypeError:

@@ -205,8 +205,11 @@ class ProgressiveUnfreezer:
         before = self.history.state_dict(), [cap.state_dict() for cap in self.caps]
         try:
             self.history.load_state_dict(state_dict["history"])
+            self._refuse_other_history()
             for cap, saved in zip(self.caps, state_dict["caps"], strict=True):
                 cap.load_state_dict(saved)
+                if numbers:
+                    cap.follow(numbers[0], len(self.blocks))  # as it did when it was saved; refuses other blocks
             if numbers:
                 self._bring_to(*numbers)
         except Exception:
@@ -255,6 +258,16 @@ class ProgressiveUnfreezer:
                 "pass the caps of the saved run"
             )
         return numbers
+
+    def _refuse_other_history(self) -> None:
+        """Refuse a history that the next transition could not go on from."""
+        names = [block.name for block in self.blocks[::-1]]
+        for past in self.history:
+            if past.total != len(names) or list(past.learning_rates) not in ([], names[: past.number]):
+                raise ValueError(
+                    f"`state_dict['history']` must be of these blocks, got {past.number} of {past.total} at epoch "
+                    f"{past.epoch}, {short(list(past.learning_rates))}; pass a saved state_dict() as it is"
+                )
 
     def _layout(self) -> dict[str, dict[str, list[int]]]:
         # In the order of the groups, since an optimizer's state is loaded by place: equal shapes would not tell.
