@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -44,7 +45,7 @@ class Arm:
     Attributes:
         text: For the table.
         trains: Which blocks, when.
-        scale: Of the encoder's learning rate: 1, the one chosen for full fine-tuning, or for the schedule.
+        one_rate: Whether encoder and decoder share one learning rate, chosen for that; else the encoder's is lower.
         moments: What becomes of AdamW's state at a transition; "recreated" makes a new AdamW and carries the LR
             schedule over, "printed" is the guide's loop, whose LR scheduler stays with the first optimizer.
         norms: As for `ProgressiveUnfreezer`.
@@ -55,7 +56,7 @@ class Arm:
 
     text: str
     trains: Literal["nothing", "all", "schedule"] = "schedule"
-    scale: Literal["one", "low", "schedule"] = "schedule"
+    one_rate: bool = False
     moments: Literal["kept", "cleared", "recreated", "printed"] = "kept"
     norms: Norms = "eval"
     warmup: int = 0
@@ -65,9 +66,9 @@ class Arm:
 
 ARMS = {
     "frozen": Arm("frozen encoder", trains="nothing"),
-    "full": Arm("full fine-tuning, one LR", trains="all", scale="one"),
-    "full_low": Arm("full fine-tuning, low encoder LR", trains="all", scale="low"),
-    "full_low_norms_frozen": Arm("full, low encoder LR, norms frozen", trains="all", scale="low", norms="frozen"),
+    "full": Arm("full fine-tuning, one LR", trains="all", one_rate=True),
+    "full_low": Arm("full fine-tuning, low encoder LR", trains="all"),
+    "full_low_norms_frozen": Arm("full, low encoder LR, norms frozen", trains="all", norms="frozen"),
     "guide": Arm("the guide's loop as printed (head added)", moments="printed", norms="train"),
     "kept": Arm("schedule, moments kept (this library)"),
     "warmup": Arm("... with warm-up of 20 steps", warmup=20),
@@ -184,16 +185,19 @@ class _InPlace:
         self.optimizer = _adamw([{"params": unet.get_decoder_parameters(), "lr": run.lr}], arm)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
         self._clears = arm.moments == "cleared"
-        self._unfreezer = ProgressiveUnfreezer(
-            blocks,
-            self.optimizer,
-            schedule_of(run, len(blocks)),
-            [self.scheduler],
-            learning_rate_scale=run.scale,
-            layer_decay=arm.layer_decay,
-            warmup_steps=arm.warmup,
-            norms=arm.norms,
-        )
+        with warnings.catch_warnings():
+            # One learning rate is what some arms are about.
+            warnings.filterwarnings("ignore", "`learning_rate_scale` should be below 1")
+            self._unfreezer = ProgressiveUnfreezer(
+                blocks,
+                self.optimizer,
+                schedule_of(run, len(blocks)),
+                [self.scheduler],
+                learning_rate_scale=run.scale,
+                layer_decay=arm.layer_decay,
+                warmup_steps=arm.warmup,
+                norms=arm.norms,
+            )
 
     def begin(self, epoch: int) -> None:
         if self._unfreezer.apply(epoch) and self._clears:
