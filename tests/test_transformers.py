@@ -186,11 +186,17 @@ def test_a_run_equals_the_plain_loop(tmp_path: Path, make: Any, unit: Any, prese
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0] * 4
 
 
-@pytest.mark.parametrize("make", [bert, vit])
-@pytest.mark.parametrize(("unit", "preset"), [("epochs", PRESET), ("steps", PER_STEP)])
-@pytest.mark.parametrize("step", [2, 8, 14])
-def test_resume_from_its_own_checkpoint(tmp_path: Path, make: Any, unit: Any, preset: Any, step: int) -> None:
+QUICK = [(bert, "epochs", 8), (bert, "steps", 14), (vit, "steps", 8), (vit, "epochs", 14)]
+SLOW = [(m, unit, step) for m in (bert, vit) for unit in ("epochs", "steps") for step in range(1, STEPS)]
+
+
+@pytest.mark.parametrize(
+    ("make", "unit", "step"),
+    QUICK + [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW if case not in QUICK],
+)
+def test_resume_from_its_own_checkpoint(tmp_path: Path, make: Any, unit: Any, step: int) -> None:
     """`resume_from_checkpoint`, between epochs and within, into new objects, ends where the uninterrupted run ends."""
+    preset = PRESET if unit == "epochs" else PER_STEP
     whole_model, begun = twins(make, 0.1)
     whole = make_trainer(tmp_path, whole_model, UnfreezeTrainerCallback(preset, unit=unit))
     whole.train()

@@ -8,8 +8,7 @@ homogeneous in the row's rates.
 
 An absolute floor, such as `eta_min`, is the exception. Under one cosine it is the *distance* from the floor that
 scales; where the rate depends on what several schedulers did to it in the past, no late row is exact, and the join is
-refused.
-Before the first step nothing has happened yet, and every join is exact.
+refused. Before the first step nothing has happened yet, and every join is exact.
 """
 
 from __future__ import annotations
@@ -92,7 +91,7 @@ def refuse_unknown(schedulers: Sequence[Any], optimizers: Sequence[Any]) -> None
         TypeError: A scheduler of a class that is not known here.
         ValueError: A scheduler of another optimizer.
     """
-    for scheduler in schedulers:
+    for scheduler in map(_bare, schedulers):
         if not any(getattr(scheduler, "optimizer", optimizer) is optimizer for optimizer in optimizers):
             raise ValueError(
                 f"`lr_schedulers` must drive this optimizer, got a {type(scheduler).__name__} of another one; "
@@ -130,6 +129,7 @@ def plan_rate(schedulers: Sequence[Any], template: dict[str, Any], index: int, r
     """
     if ratio == 1:
         return _copied
+    schedulers = [_bare(scheduler) for scheduler in schedulers]
     leaves = [leaf for scheduler in schedulers for leaf in _leaves(scheduler)]
     if all(_is_fresh(leaf, template, index, ratio) for leaf in leaves):
         # timm's warm-up starts every group from one and the same rate.
@@ -154,6 +154,7 @@ def join(scheduler: Any, groups: int, index: int, ratio: float, rate: RateMap) -
         ratio: Learning rate of the group over that of the template.
         rate: What `plan_rate` gave for them.
     """
+    scheduler = _bare(scheduler)
     for part in _parts(scheduler):
         row = _ROWS.get(_name(part), _Row())
         if row is _TIMM:
@@ -178,7 +179,7 @@ def join(scheduler: Any, groups: int, index: int, ratio: float, rate: RateMap) -
 
 def leave(scheduler: Any, groups: int) -> None:
     """Take back what `join` gave for groups from the 0-based place `groups` on."""
-    for part in _parts(scheduler):
+    for part in _parts(_bare(scheduler)):
         row = _ROWS.get(_name(part), _Row())
         for name in ("base_lrs", "_last_lr", *row.scaled_lists, *row.copied_lists):
             values = getattr(part, name, None)
@@ -189,7 +190,7 @@ def leave(scheduler: Any, groups: int) -> None:
 def scaled_keys(schedulers: Sequence[Any]) -> tuple[str, ...]:
     """The keys of a group that hold rates of the schedulers' rows, to be multiplied by the ratio."""
     keys: dict[str, None] = {}
-    for scheduler in schedulers:
+    for scheduler in map(_bare, schedulers):
         for leaf in _leaves(scheduler):
             keys.update(dict.fromkeys(_ROWS[_name(leaf)].scaled_keys))
     return tuple(keys)
@@ -275,6 +276,11 @@ def _heard(scheduler: Any) -> Iterator[Any]:
 
 
 # --- what is known of a scheduler
+
+
+def _bare(scheduler: Any) -> Any:
+    """What accelerate wraps, which only decides when it steps."""
+    return scheduler.scheduler if _name(scheduler) == "accelerate.scheduler.AcceleratedScheduler" else scheduler
 
 
 def _name(scheduler: Any) -> str:
