@@ -293,13 +293,16 @@ def test_broken_bytes(
     assert trial.counts["refused"] > number / 2
 
 
-def test_torch_itself_loads_flipped_bits(saved: bytes) -> None:
-    """The checksums have to be looked at here, since torch.load gives other weights for a flipped bit."""
+def test_torch_itself_loads_flipped_bits(saved: bytes, tmp_path: Path) -> None:
+    """The checksums are looked at here, since torch.load gives other weights for a flipped bit."""
     whole = torch.load(io.BytesIO(saved), weights_only=True)
     weight = whole["model"]["head.weight"].numpy().tobytes()
     place = saved.index(weight)
     file = saved[: place + 2] + bytes([saved[place + 2] ^ 1]) + saved[place + 3 :]
     assert differences(torch.load(io.BytesIO(file), weights_only=True), whole) == ["['model']['head.weight']"]
+    (tmp_path / "weights.pth").write_bytes(file)
+    with pytest.raises(CheckpointError, match=r"got a damaged or different file \(BadZipFile\); copy or download it"):
+        read_checkpoint(tmp_path / "weights.pth")
 
 
 def test_a_file_without_checksums_is_read(tmp_path: Path) -> None:
