@@ -1,0 +1,454 @@
+"""The history: what it holds, how it is saved and refused, and what table, rich and picture show of it."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib import rcParams
+from matplotlib.colors import to_rgb
+from rich.console import Console
+
+from unfreeze_sched import rate_chart
+from unfreeze_sched.history import History, Transition
+
+NAMES = ["layer4", "layer3", "layer2", "layer1"]
+HELD = (
+    "OverfitGuard: held at 2 of 4 blocks after 3 checks in a row worse than 0.412, the best since the last transition"
+)
+
+
+def made(*steps: tuple[int, int] | tuple[int, int, str], names: list[str] = NAMES, decay: float = 0.4) -> History:
+    """A history of epochs and numbers; learning rates fall from block to block."""
+    history = History()
+    for epoch, number, *reason in steps:
+        rates = {name: 1e-3 * decay**depth for depth, name in enumerate(names[:number])}
+        history.add(Transition(epoch, number, len(names), rates, *(reason or ["schedule"])))
+    return history
+
+
+RUN = made((0, 0), (5, 1), (10, 2), (12, 2, HELD), (15, 4), (18, 1))
+
+
+def test_a_sequence() -> None:
+    """Transitions come back in the order in which they were added, by index, slice, iteration and length."""
+    assert [transition.epoch for transition in RUN] == [0, 5, 10, 12, 15, 18]
+    assert len(RUN) == 6
+    assert RUN[-1] == Transition(18, 1, 4, {"layer4": 1e-3}, "schedule")
+    assert list(RUN[1:3]) == [RUN[1], RUN[2]]
+    assert RUN[3] in RUN
+    assert repr(RUN) == "<History of 6 transitions>"
+    assert repr(made((0, 0))) == "<History of 1 transition>"
+    assert not History()
+
+
+def test_a_transition_is_its_own() -> None:
+    """It is frozen, can be hashed, takes NumPy's integers as Python's, and shares no dict with its maker."""
+    rates = {"layer4": 1}
+    transition = Transition(np.int64(3), np.int64(1), np.int64(4), rates, "schedule")
+    rates["layer4"] = 2
+    assert transition == Transition(3, 1, 4, {"layer4": 1.0}, "schedule")
+    assert [type(transition.epoch), type(transition.learning_rates["layer4"])] == [int, float]
+    assert hash(transition) == hash(Transition(3, 1, 4, {"layer4": 1.0}, "schedule"))
+    with pytest.raises(AttributeError):
+        transition.epoch = 4
+
+
+WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"epoch": -1}, ValueError, "`epoch` must be an integer of at least 0, got -1; epochs are 0-based whole numbers"),
+    ({"epoch": 1.0}, TypeError, "`epoch` must be an integer of at least 0, got 1.0; epochs are 0-based whole numbers"),
+    ({"number": True}, TypeError, "`number` must be an integer of at least 0, got True; count the unfrozen blocks"),
+    ({"number": 5}, ValueError, "`number` must be at most `total`, 4, got 5; count the unfrozen blocks"),
+    ({"total": 0}, ValueError, "`total` must be an integer of at least 1, got 0; count the encoder's blocks"),
+    ({"learning_rates": None}, TypeError, "`learning_rates` must be a mapping, got None; map the names of the unfrozen blocks to numbers"),
+    ({"learning_rates": {4: 0.1}}, TypeError, "`learning_rates` must have names as keys, got 4; map the names of the unfrozen blocks to numbers"),
+    ({"learning_rates": {"a": "1"}}, TypeError, "`learning_rates['a']` must be a number, got '1'; map the names of the unfrozen blocks to numbers"),
+    ({"learning_rates": {"a": True}}, TypeError, "`learning_rates['a']` must be a number, got True; map the names of the unfrozen blocks to numbers"),
+    ({"learning_rates": {"a": math.nan}}, ValueError, "`learning_rates['a']` must be finite, got nan; look at the LR scheduler"),
+    ({"learning_rates": {"a": 1.0, "b": 1.0}}, ValueError, "`learning_rates` must have 1 names, or none, got 2; map the names of the unfrozen blocks to numbers"),
+    ({"reason": None}, TypeError, "`reason` must be a string, got None; say why, such as 'schedule'"),
+]  # fmt: skip
+GOOD = {"epoch": 3, "number": 1, "total": 4, "learning_rates": {"layer4": 0.1}, "reason": "schedule"}
+
+
+@pytest.mark.parametrize(("change", "error", "text"), WRONG)
+def test_refused(change: dict[str, Any], error: type[Exception], text: str) -> None:
+    """A wrong field is refused by name, in a constructor and, with its place, in a saved history; nothing changes."""
+    with pytest.raises(error) as caught:
+        Transition(**{**GOOD, **change})
+    assert str(caught.value) == text
+    history = made((0, 0))
+    with pytest.raises(error) as caught:
+        history.load_state_dict([GOOD, {**GOOD, **change}])
+    assert str(caught.value) == text.replace("`", "`saved[1].", 1)
+    assert list(history) == list(made((0, 0)))
+
+
+@pytest.mark.parametrize(
+    ("saved", "error", "text"),
+    [
+        ({}, TypeError, "`saved` must be a list, got dict; pass a saved state_dict()"),
+        ("[]", TypeError, "`saved` must be a list, got str; pass a saved state_dict()"),
+        ([GOOD, 3], TypeError, "`saved[1]` must be a mapping, got 3; pass a saved state_dict()"),
+        (
+            [{"epoch": 3}],
+            ValueError,
+            "`saved[0]` must have the keys epoch, number, total, learning_rates, reason, got 'epoch'; pass a saved state_dict()",
+        ),
+        (
+            [{}],
+            ValueError,
+            "`saved[0]` must have the keys epoch, number, total, learning_rates, reason, got none; pass a saved state_dict()",
+        ),
+        (
+            [GOOD, {**GOOD, "epoch": 7, "total": 5}],
+            ValueError,
+            "`saved` must be of 4 blocks throughout, got 5 at epoch 7; a history is of one model",
+        ),
+        (
+            [GOOD, {**GOOD, "epoch": 7, "learning_rates": {"conv": 0.1}}],
+            ValueError,
+            "`saved` must have the same names throughout, deepest first, got 'conv' in the place of 'layer4' at epoch 7; a history is of one model",
+        ),
+    ],
+)
+def test_no_history(saved: Any, error: type[Exception], text: str) -> None:
+    """What is no saved history is refused, and nothing changes."""
+    history = made((0, 0))
+    with pytest.raises(error) as caught:
+        history.load_state_dict(saved)
+    assert str(caught.value) == text
+    assert list(history) == list(made((0, 0)))
+
+
+def test_no_transition() -> None:
+    """What is no transition, or one of another model, is not added."""
+    history = made((0, 0), (5, 1))
+    with pytest.raises(TypeError) as caught:
+        history.add((10, 2))
+    assert str(caught.value) == "`transition` must be a Transition, got (10, 2); make one"
+    with pytest.raises(
+        ValueError, match=r"^`transition` must be of 4 blocks throughout, got 5 at epoch 9; a history is"
+    ):
+        history.add(Transition(9, 0, 5, {}, "schedule"))
+    with pytest.raises(
+        ValueError, match=r"^`transition` must have the same names throughout, deepest first, got 'x' in"
+    ):
+        history.add(Transition(9, 1, 4, {"x": 0.1}, "schedule"))
+    assert list(history) == list(made((0, 0), (5, 1)))
+
+
+steps = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 4), st.sampled_from(["schedule", "resumed", HELD])))
+
+
+@given(steps, st.floats(0, 1, width=32))
+def test_round_trip(run: list[tuple[int, int, str]], decay: float) -> None:
+    """By way of JSON a history comes back as it was, in the same object, and goes on from there."""
+    history = made(*run, decay=decay)
+    other = made((0, 4))
+    other.load_state_dict(json.loads(history.to_json()))
+    assert list(other) == list(history)
+    assert other.state_dict() == json.loads(json.dumps(history.state_dict(), allow_nan=False))
+    assert str(other) == str(history)
+    other.add(Transition(61, 0, 4, {}, "schedule"))
+    assert len(other) == len(history) + 1
+
+
+def test_json_is_plain() -> None:
+    """The JSON of a transition is an object of its fields."""
+    assert json.loads(made((5, 2)).to_json()) == [
+        {
+            "epoch": 5,
+            "number": 2,
+            "total": 4,
+            "learning_rates": {"layer4": 0.001, "layer3": 0.0004},
+            "reason": "schedule",
+        }
+    ]
+
+
+def test_the_state_is_a_copy() -> None:
+    """Whoever changes a saved state changes no history."""
+    history = made((5, 1))
+    history.state_dict()[0]["learning_rates"]["layer4"] = 7.0
+    assert history[0].learning_rates == {"layer4": 1e-3}
+
+
+TABLE = """\
+epoch  blocks  names               learning rate       reason
+-----  ------  ------------------  ------------------  -------------------------
+    0     0/4  all frozen                              schedule
+    5     1/4  + layer4            1.0e-03             schedule
+   10     2/4  + layer3            4.0e-04             schedule
+                 layer4            1.0e-03
+   12     2/4    layer4 to layer3  1.0e-03 to 4.0e-04  OverfitGuard: held at 2
+                                                       of 4 blocks after 3
+                                                       checks in a row worse
+                                                       than 0.412, the best
+                                                       since the last transition
+   15     4/4  + layer2            1.6e-04             schedule
+               + layer1            6.4e-05
+                 layer4 to layer3  1.0e-03 to 4.0e-04
+   18     1/4  - layer1            frozen              schedule
+               - layer2            frozen
+               - layer3            frozen
+                 layer4            1.0e-03"""
+
+
+def test_table() -> None:
+    """The table tells what joined (+), what froze again (-) and what stayed, with learning rates, within 80 columns."""
+    assert str(RUN) == TABLE
+    assert str(History()) == "no transitions yet"
+
+
+def test_many_blocks_at_once() -> None:
+    """More than three blocks that join or freeze at once are one line, of the last what differs; a line's rates are a range."""
+    names = [f"vit.encoder.layer.{index}" for index in range(23, -1, -1)]
+    assert str(made((0, 4), (9, 24), (12, 0), names=names, decay=0.75)).splitlines()[2:] == [
+        "    0    4/24  + vit.encoder.layer.23 to 20  1.0e-03 to 4.2e-04  schedule",
+        "    9   24/24  + vit.encoder.layer.19 to 0   3.2e-04 to 1.3e-06  schedule",
+        "                 vit.encoder.layer.23 to 20  1.0e-03 to 4.2e-04",
+        "   12    0/24  - vit.encoder.layer.0 to 23   frozen              schedule",
+    ]
+
+
+def test_without_learning_rates() -> None:
+    """Where an optimizer has no learning rates, blocks are called by their place."""
+    history = History()
+    history.add(Transition(3, 4, 4, {}, "schedule"))
+    history.add(Transition(5, 1, 4, {"layer4": 0.1}, "schedule"))
+    assert str(history).splitlines()[2:] == [
+        "    3     4/4  + layer4 to blocks[0]                 schedule",
+        "    5     1/4  - blocks[0]            frozen         schedule",
+        "               - blocks[1]            frozen",
+        "               - blocks[2]            frozen",
+        "                 layer4               1.0e-01",
+    ]
+
+
+@given(
+    steps,
+    st.lists(st.text("abc.[]_-", min_size=1, max_size=90), min_size=4, max_size=4, unique=True),
+    st.text("ab \n", max_size=300),
+)
+def test_eighty_columns(run: list[tuple[int, int, str]], names: list[str], reason: str) -> None:
+    """Whatever names and reasons are, the table is within 80 columns, and no name is lost."""
+    history = made(*run, (61, 4, reason), (62, 1, reason), names=names)
+    lines = str(history).splitlines()
+    assert max(map(len, lines)) <= 80
+    start, stop = (sum(map(len, lines[1].split(" ")[:place])) + place for place in (4, 5))
+    shown = "".join(line[start:stop].strip() for line in lines)
+    assert names[0] in shown
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_rich(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """rich.print shows the same cells, markup in them left alone, a name and its rate on one line."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setattr("rich._console", None)
+    reason = f"[bold]{HELD}[/bold]"
+    history = made((0, 1), (3, 4, reason), names=["[red]x", "b", "c", "d"])
+    console = Console(width=width)
+    with console.capture() as capture:
+        console.print(history)
+    lines = capture.get().splitlines()
+    assert max(map(len, lines)) <= width
+    assert lines[0].split() == ["epoch", "blocks", "names", "learning", "rate", "reason"]
+    assert lines[2].split() == ["0", "1/4", "+", "[red]x", "1.0e-03", "schedule"]
+    assert lines[3].split()[:5] == ["3", "4/4", "+", "b", "4.0e-04"]
+    assert [line.split()[:3] for line in lines[4:6]] == [["+", "c", "1.6e-04"], ["+", "d", "6.4e-05"]]
+    assert lines[6].split()[:2] == ["[red]x", "1.0e-03"]
+    reasons = lines[0].index("reason")
+    assert " ".join(line[reasons:].strip() for line in lines[3:]).strip() == reason
+
+
+def test_rich_when_empty() -> None:
+    """An empty history is a table that says so."""
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(History())
+    assert "no transitions yet" in capture.get()
+
+
+@pytest.fixture
+def charts(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The figures that are drawn while a test runs."""
+    drawn: list[Any] = []
+
+    class Noted(rate_chart.Figure):
+        def __init__(self, *args: Any, **keywords: Any) -> None:
+            super().__init__(*args, **keywords)
+            drawn.append(self)
+
+    monkeypatch.setattr(rate_chart, "Figure", Noted)
+    return drawn
+
+
+def tiles(figure: Any) -> list[list[tuple[float, float]]]:
+    """What is coloured of each row: first epoch and end."""
+    return [
+        [(box.x0, box.x1) for box in (path.get_extents() for path in row.get_paths())]
+        for row in figure.axes[0].collections
+    ]
+
+
+def test_picture(tmp_path: Path, charts: list[Any]) -> None:
+    """Rows are blocks by name, deepest on top; tiles their epochs; the colour, on a log scale, the learning rate."""
+    RUN.plot(tmp_path / "run.png", total_epochs=20)
+    axes, bar = charts[0].axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == NAMES
+    assert axes.get_ylim()[0] > axes.get_ylim()[1]
+    assert tiles(charts[0]) == [
+        [(5, 10), (10, 12), (12, 15), (15, 18), (18, 20)],
+        [(10, 12), (12, 15), (15, 18)],
+        [(15, 18)],
+        [(15, 18)],
+    ]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "5", "10", "12", "15", "18", "20"]
+    assert axes.get_xlim() == (0, 20)
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("epoch (0-based)", "block, deepest on top")
+    assert (bar.get_ylabel(), bar.get_yscale()) == ("learning rate", "log")
+    assert [label.get_text() for label in bar.get_yticklabels()] == ["1.0e-03", "4.0e-04", "1.6e-04", "6.4e-05"]
+    assert axes.get_title(loc="right") == "grey: frozen; dashed: not by the schedule"
+    dashed = [line.get_xdata()[0] for line in axes.lines if line.is_dashed()]
+    assert dashed == [12]
+    darkness = [1 - np.mean(row.get_facecolor()[-1][:3]) for row in axes.collections]
+    assert darkness == sorted(darkness, reverse=True)
+    assert len({round(value, 3) for value in darkness}) == 4
+
+
+def test_pixels(tmp_path: Path) -> None:
+    """A PNG has the colours that its rates call for, and the grey of frozen blocks."""
+    RUN.plot(str(tmp_path / "run.PNG"), 20)
+    pixels = matplotlib.image.imread(tmp_path / "run.PNG")[..., :3].reshape(-1, 3)
+    norm = rate_chart.LogNorm(6.4e-5 / 2, 1e-3 * 1.2)
+    wanted = [rate_chart.mpl.colormaps["YlGnBu"](norm(1e-3 * 0.4**depth))[:3] for depth in range(4)]
+    for colour in [*wanted, to_rgb("#e8e8e8")]:
+        assert (np.abs(pixels - np.array(colour)).max(axis=1) < 1 / 128).sum() > 500
+
+
+def settings() -> dict[str, Any]:
+    return {key: rcParams[key] for key in rcParams if key != "backend"}  # to look at that one would choose it
+
+
+@pytest.mark.parametrize(("suffix", "start"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
+def test_formats(tmp_path: Path, suffix: str, start: bytes) -> None:
+    """The suffix says the format; neither pyplot nor matplotlib's settings are touched."""
+    before = settings()
+    RUN.plot(tmp_path / f"run.{suffix}")
+    assert (tmp_path / f"run.{suffix}").read_bytes().startswith(start)
+    assert settings() == before
+
+
+def test_going_back(tmp_path: Path, charts: list[Any]) -> None:
+    """A transition takes the place of all that had happened at its epoch or later; without a total the last lasts as long as the one before."""
+    history = made((0, 0), (5, 1), (10, 2), (10, 3), (4, 1), (10, 3), (10, 2))
+    history.plot(tmp_path / "back.png")
+    assert tiles(charts[0])[:3] == [[(4, 10), (10, 16)], [(10, 16)], []]
+    assert [label.get_text() for label in charts[0].axes[0].get_xticklabels()] == ["0", "4", "10"]
+
+
+def test_many_epochs(tmp_path: Path, charts: list[Any]) -> None:
+    """Where the transitions' epochs have no room, ticks are round integers; where names have none, some are left out."""
+    names = [f"blocks.{index}" for index in range(60, -1, -1)]
+    history = made(*((10 * index, index) for index in range(62)), names=names, decay=0.9)
+    history.plot(tmp_path / "many.png", 700)
+    axes, bar = charts[0].axes
+    ticks = [label.get_text() for label in axes.get_xticklabels()]
+    assert ticks == ["0", "100", "200", "300", "400", "500", "600", "700"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == names[::2]
+    rates = [float(label.get_text()) for label in bar.get_yticklabels()]
+    assert 5 <= len(rates) <= 11
+    assert [rates[0], rates[-1]] == [1e-3, float(f"{1e-3 * 0.9**60:.1e}")]
+
+
+def test_odd_pictures(tmp_path: Path, charts: list[Any]) -> None:
+    """A rate of zero, none at all, nothing unfrozen yet, and a long name with what matplotlib takes for a formula can be drawn."""
+    history = History()
+    history.add(Transition(0, 2, 3, {"a" * 80 + r"$\b$": 0.0, "c": 1e-3}, "resumed"))
+    history.plot(tmp_path / "zero.png")
+    assert tiles(charts[0]) == [[(0, 1)], [(0, 1)], []]
+    assert charts[0].axes[0].collections[0].get_facecolor()[0].tolist() == list(rate_chart.mpl.colormaps["YlGnBu"](0.0))
+    assert charts[0].axes[0].get_yticklabels()[0].get_text() == "..." + "a" * 33 + r"$\b$"
+    assert charts[0].axes[0].get_yticklabels()[2].get_text() == "blocks[0]"
+    history = History()
+    history.add(Transition(0, 0, 2, {}, "schedule"))
+    history.plot(tmp_path / "none.png")
+    assert len(charts[1].axes) == 1
+    history.add(Transition(4, 1, 2, {}, "schedule"))
+    history.plot(tmp_path / "rateless.png")
+    assert tiles(charts[2]) == [[(4, 8)], []]
+    assert charts[2].axes[0].get_title(loc="right") == "grey: frozen; dark grey: trained, without a learning rate"
+
+
+@pytest.mark.parametrize(
+    ("history", "path", "total", "error", "text"),
+    [
+        (RUN, 3, None, TypeError, "`path` must be a path, got 3; pass one such as 'run.png'"),
+        (RUN, "run.bmp", None, ValueError, "`path` must end in one of .png, .svg, .pdf, got run.bmp; name it run.png"),
+        (RUN, "run", None, ValueError, "`path` must end in one of .png, .svg, .pdf, got run; name it run.png"),
+        (RUN, "run.png", 2.5, TypeError, "`total_epochs` must be an integer of at least 1, got 2.5; it is the number of epochs of the run"),
+        (RUN, "run.png", 18, ValueError, "`total_epochs` must be above 18, the epoch of the last transition, got 18; pass that of the run, or None"),
+        (History(), "run.png", None, RuntimeError, "`plot` must be called after the first transition, got an empty history; apply an epoch"),
+    ],
+)  # fmt: skip
+def test_no_picture(
+    history: History,
+    path: Any,
+    total: Any,
+    error: type[Exception],
+    text: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What cannot be drawn is refused, and no file is written."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(error) as caught:
+        history.plot(path, total)
+    assert str(caught.value) == text
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_folder(tmp_path: Path) -> None:
+    """A file that cannot be written is an OSError."""
+    with pytest.raises(FileNotFoundError):
+        RUN.plot(tmp_path / "missing" / "run.png")
+
+
+def test_nothing_but_the_core(tmp_path: Path) -> None:
+    """The module works without torch, matplotlib and rich; a picture then says what to install; pyplot is never loaded."""
+    code = """
+import sys
+for name in ("torch", "matplotlib", "rich"):
+    sys.modules[name] = None
+from unfreeze_sched.history import History, Transition
+history = History()
+history.add(Transition(3, 1, 2, {"layer4": 0.1}, "schedule"))
+print(history)
+history.load_state_dict(history.state_dict())
+try:
+    history.plot("run.png")
+except ModuleNotFoundError as error:
+    print(error)
+del sys.modules["matplotlib"]
+history.plot(sys.argv[1])
+assert "matplotlib.pyplot" not in sys.modules
+assert sys.modules["torch"] is None
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "run.png")], check=False, capture_output=True, text=True
+    )
+    assert (result.returncode, (tmp_path / "run.png").is_file()) == (0, True), result.stderr
+    assert result.stdout.splitlines()[2:] == [
+        "    3     1/2  + layer4  1.0e-01        schedule",
+        "`plot` needs matplotlib, which is not installed; pip install 'unfreeze-sched[plot]'",
+    ]
