@@ -8,14 +8,11 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, overload
 
 from unfreeze_sched._fields import as_count
 from unfreeze_sched._history_table import Row, plain, rich_table
 from unfreeze_sched._saved import short
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 _SUFFIXES = (".png", ".svg", ".pdf")
 _LISTED = 3  # more blocks than these, joining at once, are told by the first and the last
@@ -186,8 +183,8 @@ class History(Sequence[Transition]):
     def __str__(self) -> str:
         return plain(list(self._rows()))
 
-    def __rich__(self) -> Table:
-        """The table for `rich.print`, which alone calls this."""
+    def __rich__(self) -> Any:
+        """A `rich.table.Table` for `rich.print`, which alone calls this."""
         return rich_table(list(self._rows()))
 
     def plot(self, path: str | Path, total_epochs: int | None = None) -> None:
