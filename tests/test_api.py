@@ -41,7 +41,7 @@ ALLOWED = {
     "_saved": set(),
     "_follower": {"_fields"},
     "guards": {"_fields", "_follower"},
-    "history": {"_fields"},
+    "history": {"_fields", "_history_table", "_saved", "rate_chart"},
     "presets": {"_fields"},
     "schedule": {"_fields", "presets"},
     "tracing": set(),

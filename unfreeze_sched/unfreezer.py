@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
@@ -172,7 +173,7 @@ class ProgressiveUnfreezer:
             change = self._bring_to(number, peak)
         for cap in self.caps:
             cap.follow(number, len(self.blocks))
-        self._record(epoch, number)
+        self._record(int(epoch), number)
         return change
 
     def state_dict(self) -> dict[str, Any]:
@@ -330,6 +331,8 @@ class ProgressiveUnfreezer:
             rises = number > (last.number if last else 0)
             reason = f"{holder}: " + ("the next block may join" if rises else binding.reason)
         rates = self.rebuilder.learning_rates()
-        unfrozen = {block.name: rates[block.name] for block in self.blocks[::-1][:number] if block.name in rates}
+        unfrozen = {block.name: rates.get(block.name, math.nan) for block in self.blocks[::-1][:number]}
+        if not all(map(math.isfinite, unfrozen.values())):
+            unfrozen = {}  # an optimizer without learning rates, or one gone astray, is no reason to stop here
         self.history.add(Transition(epoch, number, len(self.blocks), unfrozen, reason))
         log.info("epoch %d: %d of %d blocks are trainable (%s)", epoch, number, len(self.blocks), reason)
