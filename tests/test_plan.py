@@ -487,6 +487,7 @@ RESNET = ["--total-epochs", "50", "--encoder", "resnet18"]
         ([*SEVEN, "--plot", "/proc/plan.png"], "must be a file that can be written, got /proc/plan.png (No such file or"),
         (["--total-epochs", "50", "--encoder", "resnet19"], "a name that smp or timm knows, got 'resnet19'; did you mean res"),
         (["--total-epochs", "50", "--encoder", "tu-efficientnet_b99"], "got 'tu-efficientnet_b99'; did you mean efficientnet"),
+        (["--total-epochs", "50", "--encoder", "timm-vit_tiny_patch16_224"], "knows, got 'timm-vit_tiny_patch16_224'; did you"),
         (["--total-epochs", "50", "--encoder", "?"], "knows, got '?'; see smp.encoders.get_encoder_names() and timm.list_m"),
         (["--total-epochs", "50", "--encoder", "hf-hub:timm/resnet18"], "a name that smp or timm knows, got 'hf-hub:timm/r"),
         (
@@ -553,6 +554,14 @@ def test_missing_extras(
         monkeypatch.setitem(sys.modules, name, None)
     assert main([*RUN, *words]) == 2
     assert capsys.readouterr().err.startswith(f"unfreeze-sched: {message}")
+
+
+@pytest.mark.parametrize("name", ["timm-regnety_002", "timm-mobilenetv3_small_100"])
+def test_old_names_that_smp_still_maps(name: str) -> None:
+    """Names in no list of smp's, which its Unet takes all the same, are its Unet here too."""
+    pytest.importorskip("segmentation_models_pytorch")
+    measured = memory.measure(name, (64, 64), 2, "sgd", "eval")
+    assert (measured.encoder.name, measured.encoder.model) == (name, "smp.Unet")
 
 
 def test_timm_alone_will_do(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
