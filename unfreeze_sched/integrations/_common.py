@@ -64,7 +64,7 @@ class Plan:
         self.keywords = dict(keywords)
 
     def unfreezer(
-        self, model: nn.Module, optimizer: Optimizer, lr_schedulers: Sequence[Any], total: int
+        self, model: nn.Module, optimizer: Optimizer, lr_schedulers: Sequence[Any] | None, total: int
     ) -> ProgressiveUnfreezer:
         """The unfreezer of a run.
 
@@ -87,8 +87,12 @@ class Plan:
                     f"{type(schedule).__name__}; pass UnfreezeSchedule(preset=..., total_blocks=..., total_epochs=...)"
                 )
             schedule = UnfreezeSchedule(preset=schedule, total_blocks=len(blocks), total_epochs=total)
-        take_out(optimizer, blocks)
-        return ProgressiveUnfreezer(blocks, optimizer, schedule, lr_schedulers, **self.keywords)
+        put_back = take_out(optimizer, blocks)
+        try:
+            return ProgressiveUnfreezer(blocks, optimizer, schedule, lr_schedulers, **self.keywords)
+        except Exception:
+            put_back()
+            raise
 
     def load(self, unfreezer: ProgressiveUnfreezer, saved: Mapping[str, Any]) -> None:
         """Replay the groups of a saved run; a preset follows the run's length, which may be another one now."""
@@ -109,19 +113,51 @@ class Plan:
             cap.step(metrics[self.monitor])
 
 
-def take_out(optimizer: Optimizer, blocks: Iterable[Block]) -> None:
+def take_out(optimizer: Optimizer, blocks: Iterable[Block]) -> Callable[[], None]:
     """Take the blocks' parameters out of an optimizer that was made of the whole model: in place, with their state.
 
     Args:
         optimizer: The live optimizer.
         blocks: The blocks; their own groups stay.
 
+    Returns:
+        A function that puts them back.
+
     Raises:
-        ValueError: A group would be left empty whose learning rate is its own, which would be lost silently.
+        ValueError: Nothing would be left, or a group would be left empty whose learning rate is its own, which would be
+            lost silently.
     """
     inside = {id(parameter) for block in blocks for parameter in block.parameters()}
     groups = [group for group in optimizer.param_groups if BLOCK_KEY not in group]
     kept = [[id(parameter) not in inside for parameter in group["params"]] for group in groups]
+    _refuse_loss(groups, kept)
+    lists: list[tuple[list[Any], list[Any]]] = []
+    states = [(layer.state, dict(layer.state)) for layer in layers(optimizer)]
+    for group, keep in zip(groups, kept, strict=True):
+        left = [parameter for parameter, stays in zip(group["params"], keep, strict=True) if not stays]
+        for state, _ in states:
+            for parameter in left:
+                state.pop(parameter, None)
+        for values in (group[key] for key in ("params", "param_names") if key in group):
+            lists.append((values, list(values)))
+            values[:] = compress(values, keep)
+
+    def put_back() -> None:
+        for values, before in lists:
+            values[:] = before
+        for state, content in states:
+            state.clear()
+            state.update(content)
+
+    return put_back
+
+
+def _refuse_loss(groups: list[dict[str, Any]], kept: list[list[bool]]) -> None:
+    """Refuse to leave nothing, or a group empty whose learning rate no other has."""
+    if not any(map(any, kept)):
+        raise ValueError(
+            "`blocks` must leave parameters to the optimizer, got all that it holds; leave the head out of the blocks"
+        )
     rates = [float(group["lr"]) for group, keep in zip(groups, kept, strict=True) if any(keep) and "lr" in group]
     for index, (group, keep) in enumerate(zip(groups, kept, strict=True)):
         if keep and not any(keep) and "lr" in group and float(group["lr"]) not in rates:
@@ -129,14 +165,6 @@ def take_out(optimizer: Optimizer, blocks: Iterable[Block]) -> None:
                 f"`optimizer` must not hold a group of block parameters alone with a rate of its own, got group "
                 f"{index} at lr={float(group['lr']):g}; leave it out, and pass learning_rate_scale"
             )
-    for group, keep in zip(groups, kept, strict=True):
-        left = [parameter for parameter, stays in zip(group["params"], keep, strict=True) if not stays]
-        for key in ("params", "param_names"):
-            if key in group:
-                group[key][:] = compress(group[key], keep)
-        for layer in layers(optimizer):
-            for parameter in left:
-                layer.state.pop(parameter, None)
 
 
 def rates(unfreezer: ProgressiveUnfreezer) -> dict[str, float]:
