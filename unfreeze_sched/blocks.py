@@ -16,6 +16,8 @@ from torch.nn.parameter import UninitializedParameter
 from unfreeze_sched.partition import Members, Piece, join, pieces_by_structure
 from unfreeze_sched.tracing import unwrap, walk
 
+_ADAPTERS = r"pass patterns=[r'layer\.0\..*lora_', ...] to encoder_blocks, one a block"
+
 
 @dataclass(frozen=True, eq=False)
 class Block:
@@ -116,7 +118,8 @@ def encoder_blocks(
 
     Raises:
         TypeError: An argument is of the wrong type.
-        ValueError: The model has no blocks or does not run, or a pattern is broken, empty-handed or overlaps another.
+        ValueError: The model has no blocks or does not run, or a pattern is broken, empty-handed or overlaps another;
+            or PEFT adapted the model, and no patterns name the adapters.
 
     Example:
         >>> stage = lambda: nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
@@ -138,6 +141,11 @@ def encoder_blocks(
             )
     if not names:
         raise ValueError("`model` must have parameters, got none; pass the network that is to be fine-tuned")
+    if patterns is None and _is_peft(unwrap(model)):
+        raise ValueError(
+            f"`patterns` must name the adapters of a {type(unwrap(model)).__name__}, got none: blocks found by "
+            f"structure would unfreeze the base weights that PEFT froze; {_ADAPTERS}"
+        )
     if patterns is None:
         return validate_blocks(_block(piece) for piece in pieces_by_structure(unwrap(model), example_input))
     if example_input is not None:
@@ -158,7 +166,8 @@ def validate_blocks(blocks: Iterable[Block]) -> tuple[Block, ...]:
 
     Raises:
         TypeError: An item is not a `Block`.
-        ValueError: There is no block, a name or a parameter occurs twice, or a parameter cannot be trained.
+        ValueError: There is no block, a name or a parameter occurs twice, a parameter cannot be trained, or a block
+            holds a layer that PEFT adapted, base weight and all.
 
     Example:
         >>> layer = nn.Linear(2, 2)
@@ -184,6 +193,7 @@ def validate_blocks(blocks: Iterable[Block]) -> tuple[Block, ...]:
         if block.name in names:
             raise ValueError(f"`blocks` must have distinct names, got {block.name!r} twice; rename one")
         names.add(block.name)
+        _refuse_adapted(block)
         for name, parameter in block.named_parameters():
             if parameter in owners:
                 first, owner = owners[parameter]
@@ -201,6 +211,19 @@ def validate_blocks(blocks: Iterable[Block]) -> tuple[Block, ...]:
 def _block(piece: Piece) -> Block:
     names, members = zip(*piece.members, strict=True)
     return Block(piece.name, members, names)
+
+
+def _refuse_adapted(block: Block) -> None:
+    for module in block.modules():
+        if _is_peft(module) and hasattr(module, "get_base_layer"):
+            raise ValueError(
+                f"`blocks` must not hold a whole PEFT layer, got a {type(module).__name__} in {block.name!r}: "
+                f"the base weight that PEFT froze would be unfrozen with it; {_ADAPTERS}"
+            )
+
+
+def _is_peft(module: nn.Module) -> bool:
+    return type(module).__module__.split(".")[0] == "peft"  # by name, since it is not imported for it
 
 
 def _why_untrainable(parameter: nn.Parameter) -> tuple[str, str]:

@@ -61,7 +61,8 @@ class _EvalHold:
     """Stands in for `module.train` while a norm layer is frozen: remembers the mode asked for, and stays in evaluation.
 
     An attribute of the instance, since the mode has to survive a `train()` on any parent, and an object rather than a
-    closure, so that the model can still be pickled and deep-copied.
+    closure, so that the model can still be pickled and deep-copied. It stands in for `reset_running_stats` too:
+    `update_bn` calls that, and then relies on training mode for new statistics.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -74,12 +75,18 @@ class _EvalHold:
         self.module.training = False
         return self.module
 
+    def keep_running_stats(self) -> None:
+        """What `reset_running_stats` does meanwhile."""
+
 
 def hold_in_eval(norms: Iterable[nn.Module]) -> None:
     """Put norm layers into evaluation mode, whatever `train()` says from now on; idempotent."""
     for module in norms:
         if not isinstance(module.__dict__.get("train"), _EvalHold):
-            module.__dict__["train"] = _EvalHold(module)
+            hold = _EvalHold(module)
+            module.__dict__["train"] = hold
+            if isinstance(module, _NormBase):
+                module.__dict__["reset_running_stats"] = hold.keep_running_stats
             module.training = False
 
 
@@ -89,4 +96,5 @@ def release(norms: Iterable[nn.Module]) -> None:
         hold = module.__dict__.get("train")
         if isinstance(hold, _EvalHold):
             del module.__dict__["train"]
+            module.__dict__.pop("reset_running_stats", None)
             module.training = hold.asked

@@ -59,10 +59,13 @@ class Warmup:
                     self._own.append((group, rate))
                     group["lr"] = rate * ((taken + 1) / total)
 
-    def _restore(self, *_: Any) -> None:
-        for group, _rate in self._own:
-            taken, total = group[WARMUP_KEY]
-            group[WARMUP_KEY] = [taken + 1, total]
+    def _restore(self, optimizer: Optimizer, *_: Any) -> None:
+        # A fused step is told by GradScaler to change nothing, where another one is not called at all.
+        overflow = getattr(optimizer, "found_inf", None)
+        if self._own and (overflow is None or not overflow):
+            for group, _rate in self._own:
+                taken, total = group[WARMUP_KEY]
+                group[WARMUP_KEY] = [taken + 1, total]
         self._restore_rates()
 
     def _restore_rates(self) -> None:
