@@ -15,6 +15,7 @@ import pytest
 import torch
 from bits import differences
 from oracle import Net
+from snippets import added, run, side, snippets
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -179,6 +180,34 @@ def test_a_wrapped_unknown_scheduler_is_refused() -> None:
         TypeError, match=r"`lr_schedulers` must be of known classes, got .*Own; pass membership='declared'"
     ):
         Accelerated(twins()[0], lambda optimizer: Own(optimizer, 0.9))
+
+
+@pytest.mark.parametrize("which", ["before", "after"])
+def test_the_guide(tmp_path: Path, which: str) -> None:
+    """Its loop runs before and after, three lines longer, and resumes as the guide says."""
+    (diff,) = snippets("accelerate.md", "diff")
+    save, load, several = snippets("accelerate.md")
+    assert added(diff) <= 3
+    tiny = {'"resnet18", pretrained=True, num_classes=10': '"test_resnet", num_classes=10'}
+
+    def names() -> dict[str, Any]:
+        images = DataLoader(TensorDataset(torch.randn(2, 3, 32, 32), torch.tensor([0, 1])), 2)
+        values = {name: getattr(accelerate, name) for name in ("Accelerator", "DistributedDataParallelKwargs")}
+        values |= {"timm": pytest.importorskip("timm"), "torch": torch, "nn": nn, "json": json}
+        return values | {"loader": images, "folder": tmp_path}
+
+    first = run(side(diff, which), names(), tiny)
+    groups = first["optimizer"].param_groups
+    if which == "before":
+        assert len(groups) == 1
+        return
+    assert len(groups) == 1 + len(first["unfreezer"].blocks)
+    run(save, first)
+    second = run(side(diff, which).split("for epoch")[0], names(), tiny)
+    run(load, second)
+    # The parameters are others, in the same places.
+    assert differences(second["optimizer"].state_dict(), first["optimizer"].state_dict()) == []
+    assert isinstance(run(several, names())["accelerator"], accelerate.Accelerator)
 
 
 SCRIPT = """

@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 import torch
 from bits import differences
+from snippets import added, side, snippets
+from snippets import run as run_guide
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
@@ -572,3 +574,68 @@ def test_caps_follow_the_monitored_metric(tmp_path: Path) -> None:
         ValueError, match=r"`monitor` must be a metric of the validation, got 'loss_of_sleep'; pass one of .*val_loss"
     ):
         fit(tmp_path, Automatic(Net()), callback=missing)
+
+
+TINY = {'"resnet18", pretrained=True, num_classes=10': '"test_resnet", num_classes=10'}
+
+
+def images() -> DataLoader[Any]:
+    return DataLoader(TensorDataset(torch.randn(2, 3, 32, 32), torch.tensor([0, 1])), 2)
+
+
+@pytest.fixture
+def guide_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the guide's reader has imported and built, in a folder for the Trainer's own files."""
+    monkeypatch.chdir(tmp_path)
+    return {"L": L, "timm": pytest.importorskip("timm"), "torch": torch, "nn": nn, "train_loader": images()}
+
+
+@pytest.mark.filterwarnings("ignore:The number of training batches:UserWarning")
+@pytest.mark.filterwarnings("ignore:Starting from v1.9.0, `tensorboardX` has been removed:UserWarning")
+@pytest.mark.parametrize("which", ["before", "after"])
+def test_the_guide(guide_names: dict[str, Any], which: str) -> None:
+    """Its fit runs before and after, three lines longer, and resumes as the guide says."""
+    diff, _ = snippets("lightning.md", "diff")
+    assert added(diff) <= 3
+    names = run_guide(side(diff, which), guide_names, TINY)
+    groups = names["trainer"].optimizers[0].param_groups
+    if which == "before":
+        assert len(groups) == 1
+        return
+    assert len(groups) == 1 + len(names["unfreeze"].unfreezer.blocks)
+    guard, trigger, explicit = snippets("lightning.md")
+    for code in (guard, trigger, explicit):
+        run_guide(code, names)
+        module = names["Classifier"]()
+        run = trainer(Path(), names["unfreeze"], 12)
+        module.validation_step = lambda batch, index, module=module: module.log("val_loss", 1.0)
+        run.fit(module, images(), images())
+    assert [block.name for block in names["unfreeze"].unfreezer.blocks]
+    assert [transition.number for transition in names["unfreeze"].unfreezer.history] == [0, 1, 2]
+
+
+@pytest.mark.filterwarnings("ignore:The number of training batches:UserWarning")
+@pytest.mark.filterwarnings("ignore:Starting from v1.9.0, `tensorboardX` has been removed:UserWarning")
+@pytest.mark.filterwarnings("ignore:The provided params to be frozen already exist:UserWarning")  # compared by value
+@pytest.mark.parametrize("which", ["before", "after"])
+def test_the_guide_from_backbone_finetuning(guide_names: dict[str, Any], which: str) -> None:
+    """One module serves both callbacks, and the backbone joins at the same epoch, once."""
+    _, diff = snippets("lightning.md", "diff")
+    assert added(diff) <= 3
+
+    class Module(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone, self.head = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), nn.Linear(4, 2)
+            self.sizes: list[int] = []
+
+        def training_step(self, batch: Any, _: int) -> Tensor:
+            self.sizes.append(len(self.trainer.optimizers[0].param_groups))
+            return nn.functional.cross_entropy(self.head(self.backbone(batch[0]).mean((2, 3))), batch[1])
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW(filter(lambda p: p.requires_grad, self.parameters()), lr=0.01)
+
+    names = guide_names | {"BackboneFinetuning": L.callbacks.BackboneFinetuning, "module": Module()}
+    run_guide(side(diff, which), names)
+    assert names["module"].sizes == [1, 1, 2, 2, 2]

@@ -11,20 +11,15 @@ import pytest
 import torch
 from bits import differences
 from oracle import Net
+from snippets import added, run, side, snippets
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-import unfreeze_sched
 from unfreeze_sched import Block, ProgressiveUnfreezer, RatePreset, UnfreezeSchedule
 from unfreeze_sched.integrations.loop import unfreezer_for
 
-FOLDER = Path(unfreeze_sched.__file__).parent / "integrations"
 EPOCHS = 5
 PRESET = RatePreset(unfreeze_start_epoch=1, unfreeze_rate=1, learning_rate_scale=0.5)
-
-
-def code_of(guide: str, kind: str = "python") -> list[str]:
-    return re.findall(rf"^```{kind}\n(.*?)^```", (FOLDER / guide).read_text(), re.MULTILINE | re.DOTALL)
 
 
 def loader() -> DataLoader[Any]:
@@ -249,3 +244,95 @@ def test_fastai_has_optimizers_of_its_own() -> None:
         TypeError, match=re.escape("`optimizer` must be a torch optimizer, got Optimizer; pass the live one")
     ):
         unfreezer_for(net, own.Adam(list(net.parameters()), lr=0.01), 50, blocks=net.make_blocks())
+
+
+# --- the guide
+
+TINY = {'"resnet18", pretrained=True, num_classes=10': '"test_resnet", num_classes=10'}
+
+
+def images() -> Any:
+    return TensorDataset(torch.randn(2, 3, 32, 32), torch.tensor([0, 1]))
+
+
+@pytest.mark.parametrize("which", ["before", "after"])
+def test_the_guide_to_ignite(tmp_path: Path, which: str) -> None:
+    """Its loop runs before and after, three lines longer; its resume goes on to the last epoch."""
+    timm, engine = pytest.importorskip("timm"), pytest.importorskip("ignite.engine")
+    handlers = pytest.importorskip("ignite.handlers")
+    diff, _ = snippets("recipes.md", "diff")
+    save, load = snippets("recipes.md")[:2]
+    assert added(diff) <= 3
+
+    def names() -> dict[str, Any]:
+        values = {"torch": torch, "nn": nn, "timm": timm, "loader": DataLoader(images(), 2), "folder": str(tmp_path)}
+        return (
+            values
+            | {name: getattr(engine, name) for name in ("create_supervised_trainer", "Events")}
+            | {name: getattr(handlers, name) for name in ("Checkpoint", "DiskSaver")}
+        )
+
+    prepare, last = side(diff, which).rsplit("trainer.run", 1)
+    first = run(prepare, names(), TINY)
+    if which == "after":
+        run(save, first)
+    run("trainer.run" + last, first)
+    if which == "before":
+        assert len(first["optimizer"].param_groups) == 1
+        return
+    assert len(first["optimizer"].param_groups) == 1 + len(first["unfreezer"].blocks)
+    second = run(prepare, names(), TINY)
+    (path,) = tmp_path.glob("*.pt")
+    kept = ("unfreezer", "model", "scheduler", "optimizer", "trainer")
+    second |= {"kept": {name: second[name] for name in kept}, "path": path}
+    run(load.replace("max_epochs=50", "max_epochs=51"), second)
+    assert second["trainer"].state.epoch == 51
+    assert len(second["optimizer"].param_groups) == len(first["optimizer"].param_groups)
+
+
+@pytest.fixture
+def fastai_names(tmp_path: Path) -> dict[str, Any]:
+    """What a user of fastai has imported and built."""
+    timm, learner = pytest.importorskip("timm"), pytest.importorskip("fastai.learner")
+    data, load = pytest.importorskip("fastai.data.core"), pytest.importorskip("fastai.data.load")
+    core, wrap = pytest.importorskip("fastai.callback.core"), pytest.importorskip("fastai.optimizer")
+    batches = data.DataLoaders(*(load.DataLoader(images(), bs=2, num_workers=0) for _ in range(2)))
+    names = {"torch": torch, "nn": nn, "dls": batches, "folder": tmp_path, "Callback": core.Callback}
+    names |= {"Learner": learner.Learner, "OptimWrapper": wrap.OptimWrapper, "unfreezer_for": unfreezer_for}
+    return names | {"model": timm.create_model("test_resnet", num_classes=2)}
+
+
+@pytest.mark.filterwarnings("ignore:numpy.core is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("which", ["before", "after"])
+def test_the_guide_to_fastai(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fastai_names: Any, which: str) -> None:
+    """Its loop runs before and after, three lines longer; its resume keeps each block's own rate."""
+    monkeypatch.chdir(tmp_path)
+    _, diff = snippets("recipes.md", "diff")
+    save, load, _ = snippets("recipes.md")[2:]
+    assert added(diff) <= 3
+    names = run(side(diff, which), fastai_names)
+    rates = [group["lr"] for group in names["optimizer"].param_groups]
+    if which == "before":
+        assert rates == [1e-3]
+        return
+    assert rates == [1e-3] + [pytest.approx(1e-4)] * len(names["unfreezer"].blocks)
+    run(save, names)
+    prepare = side(diff, which).replace("learn.fit(50, lr=1e-3)", "")
+    again = run(prepare, dict(fastai_names))
+    run(load, again | {"start_epoch": 48})
+    assert [group["lr"] for group in again["optimizer"].param_groups] == rates
+
+
+def test_the_guide_from_freeze_to(fastai_names: Any) -> None:
+    """Its preset is ULMFiT's: the head, the block next to it, then all, at rates that fall by 2.6 from block to block."""
+    net = Net(dtype=torch.float32)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
+    names = fastai_names | {"model": net, "optimizer": optimizer, "blocks": net.make_blocks()}
+    batches = fastai_names["dls"]
+    names["learn"] = names["Learner"](
+        batches, net, nn.functional.mse_loss, opt_func=names["OptimWrapper"](opt=optimizer)
+    )
+    names["learn"].dls.train.dataset = names["learn"].dls.valid.dataset = loader().dataset
+    run(snippets("recipes.md")[4], names)
+    assert list(names["unfreezer"].schedule) == [0, 1, 3, 3, 3]
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([1e-3 / 2.6**depth for depth in range(4)])

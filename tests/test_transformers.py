@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from snippets import added, side, snippets
+from snippets import run as run_guide
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -371,3 +373,38 @@ def test_a_missing_framework_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     text = "`UnfreezeTrainerCallback` needs transformers and accelerate, of which one is not installed; pip install 'unfreeze-sched[transformers]'"
     with pytest.raises(ModuleNotFoundError, match=re.escape(text)):
         import_module("unfreeze_sched.integrations.transformers")
+
+
+@pytest.mark.parametrize("which", ["before", "after"])
+def test_the_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: str) -> None:
+    """Its run goes before and after, three lines longer at most."""
+    monkeypatch.chdir(tmp_path)
+    (diff,) = snippets("transformers.md", "diff")
+    assert added(diff) <= 3
+    model, _ = twins(bert)
+    instead = {
+        'AutoModelForSequenceClassification.from_pretrained("bert-base-uncased")': "bert()",
+        "warmup_steps=100": "warmup_steps=2, report_to=[], use_cpu=True, save_strategy='no', dataloader_pin_memory=False",
+    }
+    names = {name: getattr(transformers, name) for name in ("Trainer", "TrainingArguments")}
+    names |= {"bert": lambda: model, "train_dataset": Samples(model)}
+    names = run_guide(side(diff, which), names, instead)
+    assert len(names["trainer"].optimizer.param_groups) == (2 if which == "before" else 8)
+
+
+def test_the_guide_to_renamed_weights(tmp_path: Path) -> None:
+    """Its way to resume a ViT goes on from the checkpoint's weights."""
+    (code,) = snippets("transformers.md")
+    model, _ = twins(vit)
+    whole = make_trainer(tmp_path, model, UnfreezeTrainerCallback(PRESET), save_strategy="epoch")
+    whole.train()
+    names = {
+        "ViTForImageClassification": transformers.ViTForImageClassification,
+        "Trainer": transformers.Trainer,
+        "arguments": whole.args,
+        "train_dataset": Samples(model),
+        "unfreeze": UnfreezeTrainerCallback(PRESET),
+        "checkpoint": str(tmp_path / "checkpoint-8"),
+    }
+    run_guide(code, names)
+    assert_equal(names["model"], names["trainer"].optimizer, model, whole.optimizer)
