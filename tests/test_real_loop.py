@@ -290,7 +290,9 @@ class Normed(Net):
     def __init__(self) -> None:
         super().__init__(3, dtype=torch.float32)
         for block in self.blocks:
-            block[1] = nn.BatchNorm1d(4)  # type: ignore[index]
+            norm = nn.BatchNorm1d(4)
+            norm(torch.randn(8, 4) + 3)  # pretrained statistics, other than fresh ones
+            block[1] = norm  # type: ignore[index]
 
 
 @pytest.mark.parametrize("buffers", [False, True])
