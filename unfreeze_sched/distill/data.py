@@ -17,7 +17,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from unfreeze_sched.distill.files import IGNORE_INDEX, DataError, File, Pair, mask_indices, pairs_of, read_pair
+from unfreeze_sched.distill.files import DataError, File, Pair, mask_indices, pairs_of, read_pair
+from unfreeze_sched.distill.labels import IGNORE_INDEX
 
 CLASS_NAMES = ("background", "animal", "food", "vehicle", "face")
 """The embedded sample's classes, by index."""

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  # torch's own habit
 
+from unfreeze_sched.distill.labels import IGNORE_INDEX
+
 
 class LossParts(NamedTuple):
     """One evaluation of a `DistillationLoss`, term by term; scalar tensors.
@@ -58,7 +60,7 @@ class DistillationLoss(nn.Module):
     Source: Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", 2015, section 2, for T^2.
     """
 
-    def __init__(self, alpha: float = 0.5, temperature: float = 2.0, ignore_index: int = 255) -> None:
+    def __init__(self, alpha: float = 0.5, temperature: float = 2.0, ignore_index: int = IGNORE_INDEX) -> None:
         super().__init__()
         self.alpha = _number(alpha)
         if not 0 <= self.alpha <= 1:  # false for NaN

@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor
 
+from unfreeze_sched.distill.labels import IGNORE_INDEX
 
-def confusion_matrix(predictions: Tensor, masks: Tensor, classes: int, *, ignore_index: int = 255) -> Tensor:
+
+def confusion_matrix(predictions: Tensor, masks: Tensor, classes: int, *, ignore_index: int = IGNORE_INDEX) -> Tensor:
     """Count pixels by true and predicted class; matrices of several batches add up.
 
     ``M[t, p]`` is the number of pixels of true class ``t`` predicted as ``p``, those with ``t == ignore_index`` left
