@@ -20,7 +20,7 @@ class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, without the usage in front of it."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n" if _speaks() else None)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -58,9 +58,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ModuleNotFoundError) as error:
         return _fail(str(error))
     except KeyboardInterrupt:
-        print("unfreeze-sched: interrupted; what was written is whole", file=sys.stderr)  # noqa: T201  # a command's voice
+        if _speaks():
+            print("unfreeze-sched: interrupted; what was written is whole", file=sys.stderr)  # noqa: T201  # a command's voice
         return 130
+    except Exception:
+        if _speaks():
+            raise
+        return 1  # another rank has failed, which ended this one
     return 0
+
+
+def _speaks() -> bool:
+    """Whether this process says what went wrong: the only one, or the first of torchrun's ranks that failed."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return True
+    try:
+        from unfreeze_sched.distill.ranks import first_to_fail  # noqa: PLC0415  # needs torch
+    except ModuleNotFoundError:
+        return True
+    return first_to_fail()
 
 
 def _distill(args: argparse.Namespace) -> None:
@@ -75,5 +91,6 @@ def _distill(args: argparse.Namespace) -> None:
 
 def _fail(message: str) -> int:
     line = " ".join(message.split())
-    print(f"unfreeze-sched: {line}", file=sys.stderr)  # noqa: T201  # a command's voice
+    if _speaks():
+        print(f"unfreeze-sched: {line}", file=sys.stderr)  # noqa: T201  # a command's voice
     return 2

@@ -66,6 +66,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also train the same student with its encoder frozen, equally long",
     )
 
+    unfreezing.add_argument(
+        "--guard-patience",
+        type=integer(1),
+        metavar="N",
+        help="unfreeze no further once the validation loss was worse N epochs in a row since the last transition",
+    )
+    unfreezing.add_argument(
+        "--guard-restore", action="store_true", help="and bring back the best epoch's weights when it does so"
+    )
+
     training = parser.add_argument_group("training")
     training.add_argument("--epochs", type=integer(1), default=50, metavar="N", help="default: 50")
     training.add_argument(
@@ -76,4 +86,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     training.add_argument(
         "--resume", metavar="DIR", help="go on with an interrupted run, by its folder; all else is as it was begun with"
     )
+    training.add_argument("--tensorboard", action="store_true", help="also write TensorBoard's events into the folder")
     training.add_argument("--output", metavar="DIR", help="a new folder (default: runs/ and the time)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -9,19 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import ListedColormap, LogNorm
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from rich.box import SIMPLE
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from unfreeze_sched.distill.arms import Arm
 from unfreeze_sched.distill.data import SegmentationData
-from unfreeze_sched.distill.training import Arm, EpochRecord, predicted_classes
+from unfreeze_sched.distill.evaluation import predicted_classes
+from unfreeze_sched.distill.records import EpochRecord, Outcome, around_transitions
+from unfreeze_sched.rate_chart import Span, draw_rows
 
+_COLUMNS = ("epochs", "blocks", "lr head", "lr enc.", "loss", "val. loss", "mIoU %", "change", "s", "MiB kept")
 _SHOWN_IMAGES = 6
+_MOST_FIGURES = 12  # more transitions than these leave no room for figures
 
 
 @dataclass(frozen=True)
@@ -30,15 +35,15 @@ class Phase:
 
     Attributes:
         records: Theirs.
-        miou_before: Validation mIoU at the end of the phase before, or None for the first.
+        before: The last epoch of the phase before, or None for the first.
     """
 
     records: tuple[EpochRecord, ...]
-    miou_before: float | None
+    before: EpochRecord | None
 
     def cells(self) -> list[str]:
         """The phase as a row of the table."""
-        first, last = self.records[0], self.records[-1]
+        first, last, before = self.records[0], self.records[-1], self.before
         losses = [record.train_loss for record in self.records]
         encoder = [rate for name, rate in first.learning_rates.items() if name != "head"][: first.blocks]
         peak = max((record.peak_bytes or 0 for record in self.records), default=0)
@@ -48,10 +53,11 @@ class Phase:
             f"{first.learning_rates['head']:.1e}",
             f"{max(encoder):.1e}" if encoder else "-",
             f"{sum(losses) / len(losses):.3f}",
+            "" if before is None else f"{before.validation_loss:.3f}>{first.validation_loss:.3f}",
             f"{100 * last.validation_miou:.1f}",
-            "" if self.miou_before is None else f"{100 * (last.validation_miou - self.miou_before):+.1f}",
+            "" if before is None else f"{100 * (last.validation_miou - before.validation_miou):+.1f}",
             f"{sum(record.seconds for record in self.records) / len(self.records):.1f}",
-            f"{last.saved_bytes / 2**20:.0f}" + (f" / {peak / 2**20:.0f}" if peak else ""),
+            f"{last.saved_bytes / 2**20:.0f}" + (f"/{peak / 2**20:.0f}" if peak else ""),
         ]
 
 
@@ -59,8 +65,7 @@ def phases(records: Sequence[EpochRecord]) -> list[Phase]:
     """The phases of an arm, in order."""
     found: list[Phase] = []
     for _, group in groupby(records, key=lambda record: record.blocks):
-        before = found[-1].records[-1].validation_miou if found else None
-        found.append(Phase(tuple(group), before))
+        found.append(Phase(tuple(group), found[-1].records[-1] if found else None))
     return found
 
 
@@ -73,11 +78,12 @@ def phase_table(records: Sequence[EpochRecord], title: str) -> Table:
 
     Returns:
         Epochs, 0-based and inclusive; number of unfrozen blocks; learning rates at the phase's start, of the head and
-        the highest of a block; mean training loss; validation mIoU at the end, and its change over the phase before in
-        points; seconds an epoch; MiB that the first step kept for backward, and the device's peak where it is known.
+        the highest of a block; mean training loss; validation loss before the transition and after the first epoch
+        since; validation mIoU at the end, and its change over the phase before in points; seconds an epoch; MiB that
+        the first step kept for backward, and the device's peak where it is known.
     """
-    table = Table(title=title, box=SIMPLE, padding=(0, 1, 0, 0), title_justify="left")
-    for column in ("epochs", "blocks", "lr head", "lr blocks", "loss", "mIoU %", "change", "s/epoch", "MiB kept"):
+    table = Table(title=title, box=SIMPLE_HEAD, padding=0, show_edge=False, title_justify="left")
+    for column in _COLUMNS:
         table.add_column(column, justify="right", no_wrap=True)
     for phase in phases(records):
         table.add_row(*phase.cells())
@@ -87,7 +93,7 @@ def phase_table(records: Sequence[EpochRecord], title: str) -> Table:
 def draw_report(
     path: Path,
     arm: Arm,
-    records: Sequence[EpochRecord],
+    outcome: Outcome,
     frozen: Sequence[EpochRecord],
     examples: SegmentationData,
     device: str,
@@ -97,8 +103,8 @@ def draw_report(
     Args:
         path: The PNG to write.
         arm: The trained student.
-        records: Its epochs.
-        frozen: Those of the student whose encoder stayed frozen; may be empty.
+        outcome: Of its training.
+        frozen: The epochs of the student whose encoder stayed frozen; may be empty.
         examples: Images of which the first few are shown with truth and prediction.
         device: Where the student lies.
     """
@@ -106,42 +112,64 @@ def draw_report(
     figure = Figure(figsize=(12, 11), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(5, _SHOWN_IMAGES, height_ratios=[1.3, 1.1, 0.8, 0.8, 0.8])
-    _draw_blocks(figure, figure.add_subplot(grid[0, :]), arm, records)
+    _draw_blocks(figure, figure.add_subplot(grid[0, :]), arm, outcome)
     half = _SHOWN_IMAGES // 2
-    transitions = [record.epoch for record in records if record.joined]
     curves = (("validation_loss", "validation loss", 1.0), ("validation_miou", "validation mIoU, %", 100.0))
     for (key, label, scale), place in zip(curves, (grid[1, :half], grid[1, half:]), strict=True):
         axes = figure.add_subplot(place)
-        for name, run, style in ((arm.name, records, "-"), ("frozen encoder", frozen, "--")):
+        for name, run, style in ((arm.name, outcome.records, "-"), ("frozen encoder", frozen, "--")):
             if run:
                 axes.plot([r.epoch for r in run], [scale * getattr(r, key) for r in run], style, label=name)
-        for epoch in transitions:
+        around = around_transitions(outcome.records)
+        for epoch in around:
             axes.axvline(epoch - 0.5, color="0.7", linewidth=0.8, zorder=0)
         axes.set(xlabel="epoch (grey: a block joins)", ylabel=label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend(frameon=False)
+        if key == "validation_loss":
+            _draw_around(axes, around)
     _draw_predictions(figure, grid, arm, examples, device)
     figure.savefig(path, dpi=110)
 
 
-def _draw_blocks(figure: Figure, axes: Any, arm: Arm, records: Sequence[EpochRecord]) -> None:
+def _draw_around(axes: Any, around: dict[int, tuple[float, float]]) -> None:
+    """The validation loss before and after each transition: as dots, and as figures where there is room."""
+    for epoch, losses in around.items():
+        axes.plot([epoch - 1, epoch], losses, "o", color="C0", markersize=3.5)
+        if len(around) <= _MOST_FIGURES:
+            axes.text(
+                epoch - 0.5,
+                0.98,
+                "{:.3f} > {:.3f}".format(*losses),
+                transform=axes.get_xaxis_transform(),
+                rotation=90,
+                va="top",
+                ha="right",
+                fontsize=7,
+                color="0.4",
+                bbox={"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1},
+            )
+
+
+def _draw_blocks(figure: Figure, axes: Any, arm: Arm, outcome: Outcome) -> None:
+    records, end = outcome.records, len(outcome.records)
     names = ["head", *(block.name for block in reversed(arm.blocks))]
-    rates = np.full((len(names), len(records)), np.nan)
-    for column, record in enumerate(records):
-        for row, name in enumerate(names[: record.blocks + 1]):
-            rates[row, column] = record.learning_rates[name]
-    colours = mpl.colormaps["viridis"].with_extremes(bad="0.92")
-    low, high = np.nanmin(rates), np.nanmax(rates)
-    norm = LogNorm(low if low < high else low / 2, high)
-    edges = np.arange(len(records) + 1) - 0.5
-    mesh = axes.pcolormesh(edges, np.arange(len(names) + 1) - 0.5, np.ma.masked_invalid(rates), cmap=colours, norm=norm)
-    axes.set_facecolor("0.92")
-    axes.set_yticks(range(len(names)), names)
+    rows: list[tuple[str, list[Span]]] = [
+        (
+            name,
+            [(r.epoch, r.epoch + 1, r.learning_rates[name]) for r in records if place <= r.blocks],
+        )
+        for place, name in enumerate(names)
+    ]
+    draw_rows(figure, axes, rows, (0, end), [transition.epoch for transition in outcome.history])
+    title = "What trains when (grey: frozen), coloured by learning rate at the epoch's first step"
+    for transition in outcome.history:
+        if transition.reason != "schedule":
+            axes.axvline(transition.epoch, color="0.2", linewidth=1, linestyle=(0, (3, 2)))
+            title += f"\nfrom epoch {transition.epoch} on: {transition.reason}"
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set(
-        xlabel="epoch", title="What trains when (grey: frozen), coloured by learning rate at the epoch's first step"
-    )
-    figure.colorbar(mesh, ax=axes, label="learning rate")
+    axes.set_xlabel("epoch (0-based)")
+    axes.set_title(textwrap.fill(title, 130, replace_whitespace=False), fontsize=10)
 
 
 @torch.no_grad()

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, Self
 
 import segmentation_models_pytorch as smp
@@ -38,6 +39,9 @@ from unfreeze_sched.distill.imagenet import has_imagenet_package, load_imagenet_
 from unfreeze_sched.freezing import freeze, unfreeze
 
 PathLike = str | os.PathLike[str]
+
+LATER = Path("<later>")
+"""In the place of a teacher's checkpoint: its weights stay random until `load_teacher`."""
 
 
 class StudentUnet(smp.Unet):  # type: ignore[misc]  # smp ships no types
@@ -104,16 +108,14 @@ class DistillationUNetWrapper(nn.Module):
                 "`unfreeze-sched distill` trains one where there is none"
             )
         teacher = build_unet(smp.Unet, teacher_encoder, classes)
-        load_segmentation_state(teacher, teacher_checkpoint_path)
+        if teacher_checkpoint_path is not LATER:
+            load_segmentation_state(teacher, teacher_checkpoint_path)
         # Past nn.Module's own __setattr__, which would make a child of it.
         object.__setattr__(self, "teacher", teacher.eval().requires_grad_(False))
         self.student = build_unet(StudentUnet, student_encoder, classes)
         load_student_weights(self.student.encoder, student_encoder, student_weights)
         self._blocks = encoder_blocks(self.student)
-        in_blocks = {id(parameter) for block in self._blocks for parameter in block.parameters()}
-        for parameter in self.student.encoder.parameters():
-            if id(parameter) not in in_blocks:
-                parameter.requires_grad_(False)
+        freeze_outside(self._blocks, self.student.encoder)
         if progressive_unfreeze:
             for block in self._blocks:
                 freeze(block)
@@ -122,6 +124,14 @@ class DistillationUNetWrapper(nn.Module):
     def blocks(self) -> tuple[Block, ...]:
         """The blocks of the student's encoder, shallow to deep."""
         return self._blocks
+
+    def load_teacher(self, path: PathLike) -> None:
+        """Load the teacher's weights from a file, such as a run trains first.
+
+        Raises:
+            CheckpointError: It is no checkpoint of this teacher; nothing has changed.
+        """
+        load_segmentation_state(self.teacher, path)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of student and teacher, (B, classes, H, W) each, for images (B, 3, H, W); the latter without graph."""
@@ -202,6 +212,14 @@ def build_unet(unet: type[nn.Module], encoder: str, classes: int) -> Any:
         raise ValueError(
             f"`encoder` must be a name that smp knows, got {encoder!r}; see smp.encoders.get_encoder_names()"
         ) from error
+
+
+def freeze_outside(blocks: Iterable[Block], encoder: nn.Module) -> None:
+    """Freeze the parameters of an encoder that are in no block: its forward never uses them, and DDP would wait."""
+    inside = {id(parameter) for block in blocks for parameter in block.parameters()}
+    for parameter in encoder.parameters():
+        if id(parameter) not in inside:
+            parameter.requires_grad_(False)
 
 
 def load_student_weights(encoder: nn.Module, name: str, weights: PathLike | None) -> None:

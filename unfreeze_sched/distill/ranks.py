@@ -1,0 +1,123 @@
+"""The ranks of a run under torchrun: one process group, one voice, and what rank 0 decides."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
+from typing import Any
+
+import torch
+from torch import distributed
+from torch.distributed.rendezvous import rendezvous
+
+# What torchrun tells each of its processes.
+_NEEDED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_PATIENCE = timedelta(seconds=60)  # to reach the store; torchrun's is there before its processes are
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that train together.
+
+    Attributes:
+        rank: 0-based.
+        world: How many there are.
+        local: 0-based, among those of this machine.
+    """
+
+    rank: int = 0
+    world: int = 1
+    local: int = 0
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the one that writes files and tells of the run."""
+        return self.rank == 0
+
+    def agree(self, value: Any) -> Any:
+        """Rank 0's value, on all ranks; they wait for it, and so for whatever rank 0 did before."""
+        if self.world == 1:
+            return value
+        values = [value]
+        distributed.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def device(self, name: str | None) -> str:
+        """The device of this rank.
+
+        Args:
+            name: What was asked for; None takes CUDA where there is some. `cuda` alone is a GPU for each rank.
+
+        Raises:
+            ValueError: There is no such device, or no such device for each rank.
+        """
+        if name is None:
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        if self.world > 1 and name not in {"cpu", "cuda"}:
+            raise ValueError(
+                f"`--device` must be cpu or cuda with several ranks, got {name!r}; with cuda each takes its own GPU"
+            )
+        if self.world > 1 and name == "cuda":
+            if self.local >= torch.cuda.device_count():
+                raise ValueError(
+                    f"`--nproc-per-node` must be at most the number of GPUs, {torch.cuda.device_count()}, got "
+                    "more; start fewer, or say --device cpu"
+                )
+            name = f"cuda:{self.local}"
+        try:
+            torch.zeros(1, device=name).item()
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(
+                f"`--device` must be a device of this machine, got {name!r}; leave it out or say cpu"
+            ) from error
+        return name
+
+
+ALONE = Ranks()
+
+
+@contextmanager
+def joined() -> Iterator[Ranks]:
+    """This process among its ranks: alone, or in a process group where torchrun started several.
+
+    Raises:
+        ValueError: `WORLD_SIZE` says that there are several, and nothing says how to reach them.
+    """
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        yield Ranks()
+        return
+    if missing := [name for name in _NEEDED if not os.environ.get(name, "").strip()]:
+        raise ValueError(
+            f"the environment must be torchrun's where WORLD_SIZE is {os.environ['WORLD_SIZE']}, got no {missing[0]}; "
+            "start with torchrun --nproc-per-node N -m unfreeze_sched, or unset WORLD_SIZE"
+        )
+    ranks = Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"]))
+    if on_cuda := ranks.local < torch.cuda.device_count():
+        torch.cuda.set_device(ranks.local)
+    distributed.init_process_group(
+        "cpu:gloo,cuda:nccl" if on_cuda else "gloo", store=_store(), rank=ranks.rank, world_size=ranks.world
+    )
+    # After a failure the others may never come to the end that this would wait for.
+    yield ranks
+    distributed.destroy_process_group()
+
+
+@cache
+def first_to_fail() -> bool:
+    """Whether no other rank has failed before this one, so that it is the one to say why.
+
+    A rank whose fellow has ended fails too, and wrong input makes all of them fail: one voice is enough.
+    """
+    try:
+        return bool(_store().add("unfreeze_sched/failed", 1) == 1)
+    except (RuntimeError, ValueError):  # the store went with the rank that kept it, or there never was one
+        return os.environ.get("RANK", "0") == "0"
+
+
+@cache
+def _store() -> Any:
+    return next(iter(rendezvous("env://", timeout=_PATIENCE)))[0]
