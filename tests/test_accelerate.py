@@ -131,6 +131,15 @@ def test_prepared_objects_equal_plain_ones(name: str, accumulate: int) -> None:
     assert_equal(net, run.optimizer, twin, plain_loop(twin, SCHEDULERS[name], accumulate))
 
 
+def test_the_comparison_can_fail() -> None:
+    """A scheduler that steps once too often makes another run: the comparison sees it."""
+    net, twin = twins()
+    run = Accelerated(net, SCHEDULERS["lambda"])
+    run.train(range(EPOCHS))
+    with pytest.raises(AssertionError):
+        assert_equal(net, run.optimizer, twin, plain_loop(twin, SCHEDULERS["lambda"], scheduler_steps=2))
+
+
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_an_unfreezer_made_before_prepare(name: str) -> None:
     """The unfreezer may be made of the bare objects, too, before they are prepared."""

@@ -368,6 +368,56 @@ def test_the_blocks_are_found(tmp_path: Path) -> None:
     ]
 
 
+class Pair(L.LightningModule):
+    """Two networks and an optimizer for each, as in a GAN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.nets = nn.ModuleList(twins())
+
+    def training_step(self, batch: Any, _: int) -> None:
+        x, y = batch
+        for net, optimizer in zip(self.nets, self.optimizers(), strict=True):
+            self.toggle_optimizer(optimizer)
+            optimizer.zero_grad()
+            self.manual_backward(nn.functional.mse_loss(net(x), y))
+            optimizer.step()
+            self.untoggle_optimizer(optimizer)
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.AdamW(net.parameters(), lr=0.01) for net in self.nets]
+
+
+def test_two_callbacks_for_two_optimizers(tmp_path: Path) -> None:
+    """Two encoders have a callback each, with states of their own in the checkpoint, also where optimizers toggle."""
+    presets = (PRESET, PRESET.replace(unfreeze_start_epoch=2))
+
+    def callbacks() -> list[Any]:
+        return [
+            UnfreezeCallback(preset, lambda module, place=place: module.nets[place].make_blocks(), optimizer=place)
+            for place, preset in enumerate(presets)
+        ]
+
+    def run(epochs: int, ckpt: Any = None, **keywords: Any) -> tuple[Any, Any]:
+        first, second = callbacks()
+        fitted, module = (
+            trainer(tmp_path, first, epochs, callbacks=[second, *keywords.pop("savers", ())], **keywords),
+            Pair(),
+        )
+        fitted.fit(module, loader(), ckpt_path=ckpt)
+        return fitted, module
+
+    whole, module = run(EPOCHS)
+    assert [len(optimizer.param_groups) for optimizer in whole.optimizers] == [4, 4]
+    saver = L.callbacks.ModelCheckpoint(tmp_path / "kept")
+    begun, _ = run(3, savers=[saver], enable_checkpointing=True)
+    assert [len(optimizer.param_groups) for optimizer in begun.optimizers] == [3, 2]
+    resumed, again = run(EPOCHS, saver.best_model_path)
+    for place in range(2):
+        assert_equal(again.nets[place], resumed.optimizers[place], module.nets[place], whole.optimizers[place])
+
+
 class Uneven(Automatic):
     """A group of block parameters alone, at a rate of its own."""
 
@@ -568,6 +618,12 @@ def test_caps_follow_the_monitored_metric(tmp_path: Path) -> None:
     second = callback()
     fit(tmp_path, Worse(Net()), callback=second, ckpt=saver.best_model_path)
     assert (second.unfreezer.caps[0].cap, len(second.unfreezer.rebuilder.optimizer.param_groups)) == (1, 2)
+
+    kept = copy.deepcopy(second.unfreezer.caps[0].state_dict())
+    second.unfreezer.caps[0].load_state_dict(kept | {"cap": None, "reason": ""})
+    before = second.unfreezer.caps[0].state_dict()
+    trainer(tmp_path, second).validate(Worse(Net()), loader(), verbose=False)  # no part of the fit
+    assert second.unfreezer.caps[0].state_dict() == before
 
     missing = UnfreezeCallback(PRESET, blocks_of, monitor="loss_of_sleep", caps=[OverfitGuard()])
     with pytest.raises(

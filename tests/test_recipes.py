@@ -209,8 +209,9 @@ def test_fastai_equals_the_plain_loop(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:numpy.core is deprecated:DeprecationWarning")  # fastai's own use of NumPy
 @pytest.mark.parametrize("epoch", range(1, EPOCHS))
-def test_fastai_resumes(tmp_path: Path, epoch: int) -> None:
-    """`load` after the unfreezer's own, and `fit` with a rate for each group and `start_epoch`, go on to the same bits."""
+@pytest.mark.parametrize("own_rates", [True, False])
+def test_fastai_resumes(tmp_path: Path, epoch: int, own_rates: bool) -> None:
+    """`load` after the unfreezer's own, and `fit` with a rate for each group, not with one for all, go on to the bit."""
     core = pytest.importorskip("fastai.callback.core")
     first = make()
     unfreezer = unfreezer_of(*first)
@@ -232,8 +233,12 @@ def test_fastai_resumes(tmp_path: Path, epoch: int) -> None:
     unfreezer.load_state_dict(saved[0])
     learner.load("last")
     scheduler.load_state_dict(saved[1])
-    fit(learner, [group["lr"] for group in optimizer.param_groups], start_epoch=epoch)
-    assert_equal(objects, plain_loop())
+    fit(learner, [group["lr"] for group in optimizer.param_groups] if own_rates else 0.01, start_epoch=epoch)
+    if own_rates:
+        assert_equal(objects, plain_loop())
+    else:
+        with pytest.raises(AssertionError):
+            assert_equal(objects, plain_loop())
 
 
 def test_fastai_has_optimizers_of_its_own() -> None:

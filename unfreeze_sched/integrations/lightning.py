@@ -129,7 +129,7 @@ class UnfreezeCallback(Callback):
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Feed guards and triggers."""
         del pl_module
-        if self.unfreezer and not trainer.sanity_checking:
+        if self.unfreezer and trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._plan.feed(self.unfreezer, trainer.callback_metrics)
 
     def _apply(self, trainer: Any) -> ProgressiveUnfreezer:

@@ -69,7 +69,7 @@ class UnfreezeTrainerCallback(TrainerCallback):  # type: ignore[misc]  # transfo
                 f"`unit` must be one of {', '.join(get_args(Unit))}, got {unit!r}; 'epochs' is the default"
             )
         self._unit = unit
-        self._epoch = 0
+        self._epoch: int | None = None  # while a run is on
 
     def begin(self, model: Any, optimizer: Any, lr_scheduler: Any, state: Any) -> None:
         """Take up a run, once: before a checkpoint is loaded, or when training begins."""
@@ -94,6 +94,7 @@ class UnfreezeTrainerCallback(TrainerCallback):  # type: ignore[misc]  # transfo
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
         """Bring the model to the epoch's state."""
         del args, control, objects
+        assert self._epoch is not None
         if self._unit == "epochs":
             self._apply(self._epoch, state)
         self._epoch += 1  # `state.epoch` falls behind where an epoch is stopped early
@@ -107,9 +108,14 @@ class UnfreezeTrainerCallback(TrainerCallback):  # type: ignore[misc]  # transfo
     def on_evaluate(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
         """Feed guards and triggers."""
         del args, control
-        if self.unfreezer and self.unfreezer.history:
+        if self.unfreezer and self._epoch is not None:
             self._plan.feed(self.unfreezer, objects["metrics"])
             self._keep(state)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
+        """Take no evaluation into account that is none of the run's."""
+        del args, state, control, objects
+        self._epoch = None
 
     def _apply(self, number: int, state: Any) -> None:
         assert self.unfreezer is not None
