@@ -87,6 +87,18 @@ def test_the_probe_leaves_no_hook() -> None:
     assert not hooks
 
 
+def test_the_probe_goes_while_other_hooks_stay() -> None:
+    """A step hook registered after the transition runs at each step, the one at which the probe leaves included."""
+    net, optimizer, unfreezer = make()
+    unfreezer.apply(1)
+    calls: list[int] = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append(len(calls)))
+    step(net, optimizer)
+    step(net, optimizer)
+    assert calls == [0, 1]
+    assert len(optimizer._optimizer_step_pre_hooks) == 1
+
+
 def test_the_probe_waits_for_a_backward_pass() -> None:
     """A step without any gradient, as some loops take to please a scheduler, tells nothing."""
     net, optimizer, unfreezer = make()

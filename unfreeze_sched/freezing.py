@@ -19,22 +19,31 @@ _WRITTEN_IN_TRAINING = frozenset({"running_mean", "running_var", "_u", "weight_u
 
 def freeze(block: Block) -> None:
     """Freeze a block, so that no step of any optimizer and no forward pass changes it; idempotent."""
-    drop_gradients(set_requires_grad(block.parameters(), requires_grad=False))
+    drop_gradients(set_requires_grad(block.parameters(), requires_grad=False)[1])
     hold_in_eval(norms_of(block))
 
 
 def unfreeze(block: Block) -> None:
     """Make a block trainable and give its norm layers back to `model.train()`; idempotent."""
-    drop_gradients(set_requires_grad(block.parameters(), requires_grad=True))
+    drop_gradients(set_requires_grad(block.parameters(), requires_grad=True)[1])
     release(norms_of(block))
 
 
-def set_requires_grad(parameters: Iterable[nn.Parameter], *, requires_grad: bool) -> list[nn.Parameter]:
-    """Set the flag, and return the parameters on which it changed."""
-    changed = [parameter for parameter in parameters if parameter.requires_grad is not requires_grad]
-    for parameter in changed:
-        parameter.requires_grad = requires_grad
-    return changed
+def set_requires_grad(
+    parameters: Iterable[nn.Parameter], *, requires_grad: bool
+) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Set the flag; return the parameters on which it changed, and those of them that hold a gradient.
+
+    One loop, since the first look at each of many tensors is what costs.
+    """
+    changed, with_gradient = [], []
+    for parameter in parameters:
+        if parameter.requires_grad is not requires_grad:
+            parameter.requires_grad = requires_grad
+            changed.append(parameter)
+            if parameter.grad is not None:
+                with_gradient.append(parameter)
+    return changed, with_gradient
 
 
 def drop_gradients(parameters: Iterable[nn.Parameter]) -> None:

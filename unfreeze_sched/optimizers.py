@@ -15,7 +15,6 @@ import functools
 import inspect
 import textwrap
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from operator import attrgetter
 from typing import Any, cast
 
 from torch import nn
@@ -198,25 +197,19 @@ def refuse(
         )
 
 
-def refuse_unfit(optimizer: Any, template: dict[str, Any], joining: Iterable[tuple[str, nn.Parameter]]) -> None:
+def refuse_unfit(optimizer: Any, template: dict[str, Any], specimens: Iterable[tuple[str, nn.Parameter]]) -> None:
     """Refuse what optimizers check in their constructor alone, or in the middle of a step.
 
     Args:
         optimizer: The live optimizer.
         template: The group that the joining one is like.
-        joining: Parameters by name.
+        specimens: Parameters by name, one of each number of dimensions and type: the checks look at nothing else.
 
     Raises:
         ValueError: One of them does not fit.
     """
-    joining = tuple(joining)
     hyperparameters = {key: value for key, value in template.items() if key not in {"params", "param_names"}}
-    # They check the number of dimensions and the type, so one parameter of each kind stands for the rest.
-    kind_of = attrgetter("ndim", "dtype")
-    kinds = set(map(kind_of, (parameter for _, parameter in joining)))
-    for name, parameter in (
-        next(named for named in joining if kind_of(named[1]) == kind) for kind in sorted(kinds, key=str)
-    ):
+    for name, parameter in specimens:
         problem: Exception | None = None
         if template.get("use_muon") and parameter.ndim < 2:  # noqa: PLR2004  # matrices and up
             problem = ValueError("a use_muon group takes matrices")

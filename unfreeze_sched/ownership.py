@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from operator import is_
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
 from unfreeze_sched.blocks import Block
+
+_Home = tuple[Mapping[str, Any], str, nn.Parameter, str]
+_Shelf = tuple[Mapping[str, Any], tuple[nn.Parameter | None, ...]]
 
 
 class Owners:
@@ -35,6 +39,7 @@ optimizer and unfreezer after that
     def __init__(self, blocks: Iterable[Block]) -> None:
         self._blocks = tuple(blocks)
         self._homes = [_homes(block) for block in self._blocks]
+        self._shelves = [_shelves(block) for block in self._blocks]
         self._firsts = [homes[0] for homes in self._homes if homes]
 
     def look_whole(self) -> bool:
@@ -51,11 +56,11 @@ optimizer and unfreezer after that
             RuntimeError: One of them does not, by name.
         """
         for index in indices:
+            if all(_is_untouched(*shelf) for shelf in self._shelves[index]):
+                continue
             moved = [
                 (name, parameter) for held, key, parameter, name in self._homes[index] if held.get(key) is not parameter
             ]
-            if not moved:
-                continue
             # A parametrization keeps the parameter in another module.
             inside = set(map(id, self._blocks[index].parameters()))
             orphans = [name for name, parameter in moved if id(parameter) not in inside]
@@ -101,7 +106,7 @@ def refuse_members(optimizer: Optimizer, blocks: Iterable[Block], key: str) -> N
         )
 
 
-def _homes(block: Block) -> list[tuple[Mapping[str, Any], str, nn.Parameter, str]]:
+def _homes(block: Block) -> list[_Home]:
     """Where the block's parameters lie: a module's own dict of parameters, the key, the parameter and its name."""
     names = {id(parameter): name for name, parameter in block.named_parameters()}
     return [
@@ -110,3 +115,14 @@ def _homes(block: Block) -> list[tuple[Mapping[str, Any], str, nn.Parameter, str
         for key, parameter in module._parameters.items()  # noqa: SLF001
         if parameter is not None and id(parameter) in names
     ]
+
+
+def _shelves(block: Block) -> list[_Shelf]:
+    """The own dicts of parameters of the block's modules, with what lies in each."""
+    held = (module._parameters for module in block.modules())  # noqa: SLF001  # likewise
+    return [(parameters, tuple(parameters.values())) for parameters in held if parameters]
+
+
+def _is_untouched(held: Mapping[str, Any], values: tuple[nn.Parameter | None, ...]) -> bool:
+    """Whether a module holds what it held; without a loop in Python, since each transition asks it of all modules."""
+    return len(held) == len(values) and all(map(is_, held.values(), values))

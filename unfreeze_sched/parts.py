@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 from torch import nn
@@ -23,12 +24,37 @@ class Part:
         number: 0-based, among the block's parts.
         named: The parameters with their names.
         overrides: What the group has otherwise than its template.
+        names: The names alone; these three are here since a transition is to walk the parameters as seldom as it can.
+        parameters: The parameters alone.
+        specimens: One of each number of dimensions and type, for checks that look at nothing else.
     """
 
     block: int
     number: int
     named: tuple[Named, ...]
     overrides: dict[str, Any]
+    names: tuple[str, ...] = field(init=False)
+    parameters: tuple[nn.Parameter, ...] = field(init=False)
+    specimens: tuple[Named, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "names", tuple(name for name, _ in self.named))
+        object.__setattr__(self, "parameters", tuple(parameter for _, parameter in self.named))
+        object.__setattr__(self, "specimens", specimens(self.named))
+
+
+def specimens(named: Iterable[Named]) -> tuple[Named, ...]:
+    """The first parameter of each number of dimensions and type, in a fixed order of the kinds.
+
+    Example:
+        >>> [name for name, _ in specimens(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)).named_parameters())]
+        ['0.bias', '0.weight']
+    """
+    kind_of = attrgetter("ndim", "dtype")
+    firsts: dict[Any, Named] = {}
+    for name, parameter in named:
+        firsts.setdefault(kind_of(parameter), (name, parameter))
+    return tuple(firsts[kind] for kind in sorted(firsts, key=str))
 
 
 def divide(index: int, block: Block, no_decay: bool | Overrides, keys: Iterable[str]) -> list[Part]:

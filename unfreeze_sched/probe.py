@@ -19,7 +19,7 @@ _SHOWN = 10
 class FirstStep:
     """Looks at the gradients of newly trainable parameters once, before the first step that could use them.
 
-    Nothing is hooked between that step and the next transition.
+    No gradient is looked at between that step and the next transition.
 
     Args:
         optimizer: The live optimizer, or what is innermost of its wrappers.
@@ -39,6 +39,8 @@ class FirstStep:
         self._probe = probe
         self._watched: list[Sequence[tuple[str, nn.Parameter]]] = []
         self._handle: Any = None
+        if probe != "off":
+            optimizer.register_step_post_hook(self._after_step)
 
     def watch(self, named: Sequence[tuple[str, nn.Parameter]]) -> None:
         """Look at those of these parameters that are trainable when the next step begins."""
@@ -49,6 +51,8 @@ class FirstStep:
             self._handle = self._optimizer.register_step_pre_hook(self._before_step)
 
     def _before_step(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self._watched:  # the last step was cut short after the look
+            return None
         optimizer, *given = args
         closure = given[0] if given else kwargs.get("closure")
         if closure is None:
@@ -61,6 +65,12 @@ class FirstStep:
             return loss
 
         return ((optimizer, probed, *given[1:]), kwargs) if given else (args, {**kwargs, "closure": probed})
+
+    def _after_step(self, *_: Any) -> None:
+        # Not sooner: torch walks the pre-hooks, and another's may come after this one.
+        if self._handle is not None and not self._watched:
+            self._handle.remove()
+            self._handle = None
 
     def _look(self) -> None:
         watched = {name: parameter for named in self._watched for name, parameter in named if parameter.requires_grad}
@@ -80,9 +90,6 @@ class FirstStep:
         if not compared and len(missing) == len(watched) and not self._has_gradients():
             return  # a step without a backward pass
         self._watched.clear()
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
         if missing:
             warnings.warn(
                 f"no gradient reached {_listed(missing)} in the first step after unfreezing, so they do not train: a "

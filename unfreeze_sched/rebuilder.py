@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 from torch.optim import Optimizer
@@ -16,7 +17,7 @@ from unfreeze_sched.accumulation import Accumulation
 from unfreeze_sched.blocks import Block, validate_blocks
 from unfreeze_sched.ownership import Owners, refuse_members
 from unfreeze_sched.parallel import refuse_engine
-from unfreeze_sched.parts import Named, Overrides, Part, divide
+from unfreeze_sched.parts import Overrides, Part, divide
 from unfreeze_sched.probe import FirstStep, Probe
 from unfreeze_sched.warmup import Warmup
 
@@ -150,7 +151,7 @@ class OptimizerRebuilder:
         if self.membership == "late":
             self._checked_schedulers()
         else:
-            self._change([(part, []) for index in self._from_deep() for part in self.parts[index]], [])
+            self._change([replace(part, named=()) for index in self._from_deep() for part in self.parts[index]], [])
 
     def sync(self) -> GroupChange:
         """Bring the optimizer in step with every block's `requires_grad`; twice is as good as once.
@@ -173,7 +174,7 @@ class OptimizerRebuilder:
                 were trainable before.
         """
         self.owners.refuse_orphans(indices)
-        joins: list[tuple[Part, list[Named]]] = []
+        joins: list[Part] = []  # of each what joins
         leaves: list[tuple[Part, set[int]]] = []
         drop = self.on_refreeze == "drop"
         for part in (part for index in indices for part in self.parts[index]):
@@ -181,13 +182,16 @@ class OptimizerRebuilder:
             # By identity: a comparison by value would take a fresh layer for its twin.
             inside = {id(parameter) for group in groups for parameter in group["params"]}
             was_met = part.block >= len(self.blocks) - met
-            joining = [
-                named
-                for named in part.named
-                if id(named[1]) not in inside and (named[1].requires_grad or (was_met and not drop))
-            ]
-            if joining or (was_met and not groups):
-                joins.append((part, joining))
+            joining = part
+            if inside or drop or not was_met:
+                named = tuple(
+                    (name, parameter)
+                    for name, parameter in part.named
+                    if id(parameter) not in inside and (parameter.requires_grad or (was_met and not drop))
+                )
+                joining = part if len(named) == len(part.named) else replace(part, named=named)
+            if joining.named or (was_met and not groups):
+                joins.append(joining)
             if drop and inside:
                 leaving = {id(parameter) for _, parameter in part.named if not parameter.requires_grad} & inside
                 if leaving:
@@ -215,30 +219,31 @@ class OptimizerRebuilder:
             if group.get(BLOCK_KEY) == name and group.get(PART_KEY, 0) == part.number
         ]
 
-    def _change(self, joins: list[tuple[Part, list[Named]]], leaves: list[tuple[Part, set[int]]]) -> GroupChange:
+    def _change(self, joins: list[Part], leaves: list[tuple[Part, set[int]]]) -> GroupChange:
         """Carry out a diff: everything that can be refused is refused before anything is changed."""
         self.accumulation.refuse_pending()
-        fills: list[tuple[dict[str, Any], int, list[Named]]] = []
+        fills: list[tuple[dict[str, Any], int, Part]] = []
         adds: list[_Add] = []
-        for part, joining in joins:
-            template = self._template_of(part)
-            optimizers.refuse_unfit(self.optimizer, self.optimizer.param_groups[template], joining)
-            empty = [group for group in self._groups(part) if not group["params"]]
+        for joining in joins:
+            template = self._template_of(joining)
+            optimizers.refuse_unfit(self.optimizer, self.optimizer.param_groups[template], joining.specimens)
+            empty = [group for group in self._groups(joining) if not group["params"]]
             if empty:
                 fills.append((empty[0], template, joining))
             else:
-                adds.append(self._plan(part, joining))
+                adds.append(self._plan(joining))
         self._carry_out(adds, fills)
         if self._warmup:
             for group in [*(add[0] for add in adds), *(fill[0] for fill in fills)]:
                 if group["params"]:
                     self._warmup.begin(group)
-        for _, joining in joins:
-            self.first_step.watch(joining)
+        for joining in joins:
+            self.first_step.watch(joining.named)
         dropped = [name for part, leaving in leaves for name in self._drop(part, leaving)]
-        return GroupChange(tuple(name for _, joining in joins for name, _ in joining), tuple(dropped))
+        added = joins[0].names if len(joins) == 1 else tuple(chain.from_iterable(part.names for part in joins))
+        return GroupChange(added, tuple(dropped))
 
-    def _carry_out(self, adds: list[_Add], fills: list[tuple[dict[str, Any], int, list[Named]]]) -> None:
+    def _carry_out(self, adds: list[_Add], fills: list[tuple[dict[str, Any], int, Part]]) -> None:
         """Let groups join optimizer and schedulers, and parameters join empty groups: all or none."""
         size, schedulers = len(self.optimizer.param_groups), self.lr_schedulers or ()
         try:
@@ -247,7 +252,7 @@ class OptimizerRebuilder:
                 for scheduler in schedulers:
                     rows.join(scheduler, len(self.optimizer.param_groups), template, ratio, rate)
             for group, template, joining in fills:
-                optimizers.fill(self.optimizer, group, template, [p for _, p in joining], [name for name, _ in joining])
+                optimizers.fill(self.optimizer, group, template, joining.parameters, joining.names)
         except Exception:
             for group, _, _ in fills:
                 group["params"].clear()
@@ -257,7 +262,7 @@ class OptimizerRebuilder:
                 rows.leave(scheduler, size)
             raise
 
-    def _plan(self, part: Part, joining: list[Named]) -> _Add:
+    def _plan(self, part: Part) -> _Add:
         """A clone of the live template: `add_param_group` alone would fill in the constructor's defaults instead."""
         schedulers, ratio = self._checked_schedulers(), self._ratios[part.block]
         index = self._template_of(part)
@@ -276,8 +281,8 @@ class OptimizerRebuilder:
         if "name" in group:  # loggers tell groups apart by it
             group["name"] = self.blocks[part.block].name + (f".{part.number}" if part.number else "")
         if "param_names" in template:
-            group["param_names"] = [name for name, _ in joining]
-        group["params"] = [parameter for _, parameter in joining]
+            group["param_names"] = list(part.names)
+        group["params"] = list(part.parameters)
         return _Add(group, index, ratio, rate)
 
     def _template_of(self, part: Part) -> int:

@@ -295,10 +295,13 @@ class ProgressiveUnfreezer:
         thawing = [index for depth, index in zip(depths, indices, strict=True) if depth < number]
         freezing = indices[len(thawing) :]
         flipped: dict[int, list[nn.Parameter]] = {}
+        with_gradient: list[nn.Parameter] = []
         for index in indices:
-            parameters = (parameter for _, parameter in rebuilder.named[index])
-            if changed := set_requires_grad(parameters, requires_grad=index in thawing):
+            parameters = chain.from_iterable(part.parameters for part in rebuilder.parts[index])
+            changed, stale = set_requires_grad(parameters, requires_grad=index in thawing)
+            if changed:
                 flipped[index] = changed
+            with_gradient += stale
         try:
             if flipped:
                 rebuilder.accumulation.refuse_pending()
@@ -307,7 +310,7 @@ class ProgressiveUnfreezer:
             for parameter in chain(*flipped.values()):
                 parameter.requires_grad = not parameter.requires_grad
             raise
-        drop_gradients(chain(*flipped.values()))
+        drop_gradients(with_gradient)
         for index in thawing:
             if index in flipped:
                 rebuilder.first_step.watch(rebuilder.named[index])
