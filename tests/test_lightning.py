@@ -25,7 +25,7 @@ L = pytest.importorskip("lightning.pytorch")
 
 from lightning.pytorch.loggers import CSVLogger  # noqa: E402  # after the skip
 
-from unfreeze_sched import Block, ProgressiveUnfreezer, RatePreset, UnfreezeSchedule  # noqa: E402
+from unfreeze_sched import MEDIUM, Block, ProgressiveUnfreezer, RatePreset, UnfreezeSchedule  # noqa: E402
 from unfreeze_sched.integrations.lightning import UnfreezeCallback  # noqa: E402
 
 pytestmark = [
@@ -459,6 +459,12 @@ def test_a_preset_needs_an_end(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=re.escape(text)):
         fit(tmp_path, Automatic(Net()), -1, max_steps=3)
     fit(tmp_path, Automatic(Net()), -1, max_steps=3, callback=UnfreezeCallback(schedule_of(), blocks_of))
+
+
+def test_a_trial_run(tmp_path: Path) -> None:
+    """`fast_dev_run`, one epoch by nature, does not find fault with a preset that begins later."""
+    run = fit(tmp_path, Automatic(Net()), callback=UnfreezeCallback(MEDIUM, blocks_of), fast_dev_run=True)
+    assert len(run.optimizers[0].param_groups) == 1
 
 
 @pytest.mark.parametrize(

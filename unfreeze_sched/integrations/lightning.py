@@ -104,7 +104,9 @@ class UnfreezeCallback(Callback):
         optimizer = trainer.optimizers[self._index]
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         own = [s for s in schedulers if any(s.optimizer is layer for layer in layers(optimizer))]
-        self.unfreezer = self._plan.unfreezer(pl_module, optimizer, own, trainer.max_epochs or 0)
+        # A trial run's one epoch says nothing of the run that the preset is meant for.
+        total = 1_000 if trainer.fast_dev_run else trainer.max_epochs or 0
+        self.unfreezer = self._plan.unfreezer(pl_module, optimizer, own, total)
         norms = [norm for block in self.unfreezer.blocks for norm in norms_of(block)]
         self._modes = {norm: self._modes.get(norm, norm.training) for norm in norms}
         self._covered = self._trainable()
