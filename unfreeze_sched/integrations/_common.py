@@ -165,10 +165,3 @@ def _refuse_loss(groups: list[dict[str, Any]], kept: list[list[bool]]) -> None:
                 f"`optimizer` must not hold a group of block parameters alone with a rate of its own, got group "
                 f"{index} at lr={float(group['lr']):g}; leave it out, and pass learning_rate_scale"
             )
-
-
-def rates(unfreezer: ProgressiveUnfreezer) -> dict[str, float]:
-    """The learning rate of each block that has a group, deepest first."""
-    names = {block.name for block in unfreezer.blocks}
-    groups = unfreezer.rebuilder.optimizer.param_groups
-    return {group[BLOCK_KEY]: float(group["lr"]) for group in groups if group.get(BLOCK_KEY) in names and "lr" in group}

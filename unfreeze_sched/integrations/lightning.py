@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from unfreeze_sched._fields import as_count
 from unfreeze_sched.freezing import norms_of
-from unfreeze_sched.integrations._common import Blocks, Plan, Schedule, rates
+from unfreeze_sched.integrations._common import Blocks, Plan, Schedule
 from unfreeze_sched.optimizers import layers
 from unfreeze_sched.parallel import rewrap_ddp
 from unfreeze_sched.unfreezer import ProgressiveUnfreezer
@@ -123,7 +123,8 @@ class UnfreezeCallback(Callback):
         del pl_module
         unfreezer = self._apply(trainer)
         blocks = sum(any(p.requires_grad for p in block.parameters()) for block in unfreezer.blocks)
-        metrics = {"unfreeze/blocks": blocks, **{f"unfreeze/lr/{k}": v for k, v in rates(unfreezer).items()}}
+        rates = unfreezer.rebuilder.learning_rates()
+        metrics = {"unfreeze/blocks": blocks, **{f"unfreeze/lr/{name}": rate for name, rate in rates.items()}}
         for logger in trainer.loggers:
             # The step of Lightning's own metrics, as LearningRateMonitor has it.
             logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)  # noqa: SLF001
