@@ -8,7 +8,7 @@ generators stay equal, and a checkpoint fits any number of ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -120,14 +120,14 @@ def _batch_norm(share: Share, _: Any, args: Any, kwargs: Any) -> Any:
 
 def _bernoulli(share: Share, func: Any, args: Any, kwargs: Any) -> Any:
     own, *rest = args
-    if own.ndim == 0 or len(own) != share.number or any(isinstance(value, Tensor) for value in rest):
+    if not _by_image(own.shape, share) or any(isinstance(value, Tensor) for value in rest):
         return NotImplemented
     return own.copy_(func(own.new_empty(share.total, *own.shape[1:]), *rest, **kwargs)[share.places])
 
 
 def _rand(share: Share, func: Any, args: Any, kwargs: Any) -> Any:
     size = args[0] if args and isinstance(args[0], (list, tuple)) else args
-    if not size or size[0] != share.number:
+    if not _by_image(size, share):
         return NotImplemented
     return func(share.total, *size[1:], **kwargs)[share.places]
 
@@ -207,6 +207,11 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         # DDP takes the mean over ranks, where the joint batch's gradient is the sum of the shares'.
         return grad[ctx.share.places] * len(ctx.share.sizes), None
+
+
+def _by_image(size: Sequence[int], share: Share) -> bool:
+    """Whether a draw of this size is one for each image; a row of numbers alone never is, since one is no sign."""
+    return len(size) > 1 and size[0] == share.number
 
 
 def _places(images: Tensor, share: Share) -> int:
