@@ -17,6 +17,7 @@ import torch
 
 pytest.importorskip("segmentation_models_pytorch")
 Image = pytest.importorskip("PIL.Image")
+EventAccumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator").EventAccumulator
 
 from images import write_images  # noqa: E402  # after the skips
 
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`timm-` encoders are deprecated:
 WORDS = [
     *("--image-size", "32", "--batch-size", "2", "--epochs", "4", "--teacher-epochs", "1", "--norms", "frozen"),
     *("--student-encoder", "timm-efficientnet-b0", "--teacher-encoder", "resnet18", "--student-weights", "none"),
-    *("--unfreeze-start", "1", "--unfreeze-rate", "1", "--compare-frozen"),
+    *("--unfreeze-start", "1", "--unfreeze-rate", "1", "--compare-frozen", "--tensorboard"),
 ]
 
 
@@ -63,6 +64,18 @@ def assert_same_run(run: Path, whole: Path) -> None:
         for file in (run / "metrics.jsonl", whole / "metrics.jsonl")
     ]
     assert lines[0] == lines[1]
+    assert events_of(run) == events_of(whole)
+    assert [step for step, _ in events_of(run)["student/blocks/unfrozen"]] == [0, 1, 2, 3]
+
+
+def events_of(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard shows, by arm and tag: steps and values."""
+    found = {}
+    for arm in ("teacher", "student", "frozen"):
+        events = EventAccumulator(str(run / arm)).Reload()
+        for tag in events.Tags()["scalars"]:
+            found[f"{arm}/{tag}"] = [(event.step, event.value) for event in events.Scalars(tag)]
+    return found
 
 
 def kill_at_random(data: Path, output: Path, takes: float, kills: int, seed: int) -> int:
