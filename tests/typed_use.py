@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 from typing import assert_type
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from unfreeze_sched import (
     MEDIUM,
@@ -20,6 +22,9 @@ from unfreeze_sched import (
     encoder_blocks,
     preset_for,
 )
+from unfreeze_sched.arguments import add_unfreeze_arguments, unfreezer_from_args
+from unfreeze_sched.guards import OverfitGuard, PlateauTrigger
+from unfreeze_sched.parallel import all_trainable, rewrap_ddp
 
 
 def use(model: nn.Module) -> None:
@@ -46,3 +51,19 @@ def use(model: nn.Module) -> None:
     unfreezer.load_state_dict(unfreezer.state_dict())
     unfreezer.apply("0")  # type: ignore[arg-type]
     ProgressiveUnfreezer(blocks, optimizer, schedule, membership="early")  # type: ignore[arg-type]
+
+    guard, trigger = OverfitGuard(patience=3, mode="max"), PlateauTrigger()
+    guarded = ProgressiveUnfreezer(blocks, optimizer, schedule, caps=[guard, trigger], probe="local")
+    guard.step(0.5)
+    assert_type(guard.cap, int | None)
+    assert_type(guarded.history[-1].learning_rates, dict[str, float])
+    assert_type(guarded.history.to_json(), str)
+    assert_type(rewrap_ddp(DistributedDataParallel(model)), DistributedDataParallel)
+    with all_trainable(optimizer):
+        pass
+    ProgressiveUnfreezer(blocks, optimizer, schedule, probe="on")  # type: ignore[arg-type]
+    ProgressiveUnfreezer(blocks, optimizer, schedule, caps=[3])  # type: ignore[list-item]
+
+    add_unfreeze_arguments(parser := argparse.ArgumentParser())
+    from_flags = unfreezer_from_args(parser.parse_args(), blocks, optimizer, total_epochs=50)
+    assert_type(from_flags, ProgressiveUnfreezer)
