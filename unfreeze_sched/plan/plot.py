@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from math import ceil, log
 from pathlib import Path
 from textwrap import shorten
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator
 
 from unfreeze_sched.plan.phases import Plan
 from unfreeze_sched.plan.table import title
+from unfreeze_sched.rate_chart import draw_rows
 
-_FROZEN = "#e8e8e8"
 _APART = 0.035  # of the axis: epochs of transitions nearer than that would overlap
-_MOST_LABELS = 60  # more names than these cannot be read beside each other
 _KINDS = {"weights": "#8c8c8c", "gradients": "#d98b5f", "optimizer": "#5f8fb5", "activations": "#6aa56a"}
 
 
@@ -59,48 +55,19 @@ def draw(plan: Plan, path: Path) -> None:
 
 def _draw_blocks(figure: Figure, axes: Axes, plan: Plan, names: list[str]) -> None:
     """One bar a block; the head is on top, and below it the encoder from deep to shallow."""
-    rates = [plan.head_learning_rate, *(block.learning_rate for block in plan.blocks)]
-    low, high = min(rates), max(rates)
-    # A little room at both ends, so that the lightest bar stands out from the frozen grey.
-    norm, colours = LogNorm(low / 2, high * 1.2), mpl.colormaps["YlGnBu"]
-    rows = {name: row for row, name in enumerate(names)}
-    total = plan.schedule.total_epochs
-    axes.barh(list(rows.values()), total, left=0, height=0.8, color=_FROZEN)
-    for name, row in rows.items():
-        spans: list[tuple[int, int]] = []
-        for phase in plan.phases:
-            if name not in phase.learning_rates:
-                continue
-            if spans and sum(spans[-1]) == phase.first_epoch:
-                spans[-1] = spans[-1][0], phase.last_epoch + 1 - spans[-1][0]
-            else:
-                spans.append((phase.first_epoch, phase.last_epoch + 1 - phase.first_epoch))
-        rate = next((phase.learning_rates[name] for phase in plan.phases if name in phase.learning_rates), None)
-        if rate is not None:
-            axes.broken_barh(spans, (row - 0.4, 0.8), facecolors=[colours(norm(rate))])
-    for phase in plan.phases[1:]:
-        axes.axvline(phase.first_epoch, color="white", linewidth=0.8 if len(plan.phases) < _MOST_LABELS / 2 else 0.4)
-    step = ceil(len(names) / _MOST_LABELS)
-    axes.set_yticks(
-        range(0, len(names), step), [_with_parameters(plan, row, names) for row in range(0, len(names), step)]
-    )
-    axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.tick_params(axis="y", length=0)
-    axes.spines[:].set_visible(False)
-    distinct = sorted(set(rates))
-    apart = min((log(after / before) for before, after in pairwise(distinct)), default=1) / log(2.4 * high / low)
-    bar = figure.colorbar(
-        ScalarMappable(norm, colours),
-        ax=axes,
-        label="learning rate",
-        pad=0.015,
-        fraction=0.03,
-        aspect=5 * figure.get_figheight(),
-    )
-    bar.ax.yaxis.set_major_locator(FixedLocator(distinct if apart > _APART else [low, high]))
-    bar.ax.yaxis.set_minor_locator(NullLocator())
-    bar.ax.yaxis.set_major_formatter(lambda rate, _: f"{rate:.1e}")
-    bar.outline.set_visible(False)
+    rows = [
+        (
+            _with_parameters(plan, row, names),
+            [
+                (phase.first_epoch, phase.last_epoch + 1, phase.learning_rates[name])
+                for phase in plan.phases
+                if name in phase.learning_rates
+            ],
+        )
+        for row, name in enumerate(names)
+    ]
+    edges = [phase.first_epoch for phase in plan.phases[1:]]
+    draw_rows(figure, axes, rows, (0, plan.schedule.total_epochs), edges)
     axes.text(1, 1.01, "grey: frozen", transform=axes.transAxes, ha="right", va="bottom", color="#707070", fontsize=8)
 
 
