@@ -162,14 +162,14 @@ def _draw_blocks(figure: Figure, axes: Any, arm: Arm, outcome: Outcome) -> None:
         for place, name in enumerate(names)
     ]
     draw_rows(figure, axes, rows, (0, end), [transition.epoch for transition in outcome.history])
-    title = "What trains when (grey: frozen), coloured by learning rate at the epoch's first step"
+    title = ["What trains when (grey: frozen), coloured by learning rate at the epoch's first step"]
     for transition in outcome.history:
         if transition.reason != "schedule":
             axes.axvline(transition.epoch, color="0.2", linewidth=1, linestyle=(0, (3, 2)))
-            title += f"\nfrom epoch {transition.epoch} on: {transition.reason}"
+            title += textwrap.wrap(f"from epoch {transition.epoch} on (dashed): {transition.reason}", 150)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("epoch (0-based)")
-    axes.set_title(textwrap.fill(title, 130, replace_whitespace=False), fontsize=10)
+    axes.set_title("\n".join(title), fontsize=10)
 
 
 @torch.no_grad()
