@@ -457,7 +457,11 @@ def test_wrong_numbers_of_blocks(applied: Any) -> None:
     ("state", "error", "message"),
     [
         ("state", TypeError, r"`state_dict` must be a mapping, got str; pass a saved state_dict\(\)"),
-        ({"groups": []}, ValueError, r"`state_dict` must have the keys schedule, blocks, applied, history, caps, got 'groups'; pass"),
+        (
+            {"groups": []},
+            ValueError,
+            r"`state_dict` must have the keys schedule, blocks, applied, history, caps, got 'groups'; pass",
+        ),
     ],
 )
 def test_no_state_at_all(state: Any, error: type[Exception], message: str) -> None:
