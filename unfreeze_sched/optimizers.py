@@ -25,6 +25,8 @@ _NOT_COUNTERS = frozenset({"params", "param_names", "lr", "initial_lr"})
 _USUAL_COUNTERS = frozenset({"step", "k", "counter", "weight_sum", "lr_max"})
 # `train` and `eval` write a mode, which a joining group shares; the others restore what was saved.
 _NOT_STEPPING = frozenset({"__init__", "__setstate__", "load_state_dict", "state_dict", "train", "eval"})
+# Change from step to step, and no check depends on them once they are in use.
+_MOVING = frozenset({"lr", "initial_lr"})
 _WRAPPED = ("optimizer", "base_optimizer", "base")
 # Lists of an optimizer with a learning rate for each group.
 _RATE_LISTS = ("base_lrs",)
@@ -197,19 +199,29 @@ def refuse(
         )
 
 
-def refuse_unfit(optimizer: Any, template: dict[str, Any], specimens: Iterable[tuple[str, nn.Parameter]]) -> None:
+def refuse_unfit(
+    optimizer: Any, template: dict[str, Any], specimens: Iterable[tuple[str, nn.Parameter]], fit: set[Hashable]
+) -> None:
     """Refuse what optimizers check in their constructor alone, or in the middle of a step.
 
     Args:
         optimizer: The live optimizer.
         template: The group that the joining one is like.
         specimens: Parameters by name, one of each number of dimensions and type: the checks look at nothing else.
+        fit: What was found to fit, to which this adds: all groups of a run ask for the same.
 
     Raises:
         ValueError: One of them does not fit.
     """
     hyperparameters = {key: value for key, value in template.items() if key not in {"params", "param_names"}}
+    plain = (int, float, str, type(None))
+    settings = tuple(
+        (key, value) for key, value in hyperparameters.items() if key not in _MOVING and isinstance(value, plain)
+    )
     for name, parameter in specimens:
+        kind = (parameter.ndim, parameter.dtype, parameter.device, settings)
+        if kind in fit:
+            continue
         problem: Exception | None = None
         if template.get("use_muon") and parameter.ndim < 2:  # noqa: PLR2004  # matrices and up
             problem = ValueError("a use_muon group takes matrices")
@@ -229,6 +241,7 @@ def refuse_unfit(optimizer: Any, template: dict[str, Any], specimens: Iterable[t
                 f"`{name}` must fit {type(optimizer).__name__}, got shape {tuple(parameter.shape)}: {problem}; "
                 "leave it out of the block"
             ) from problem
+        fit.add(kind)
 
 
 def why_no_rate(optimizer: Any, group: dict[str, Any]) -> str | None:

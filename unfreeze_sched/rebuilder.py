@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, Literal, NamedTuple
@@ -143,6 +144,10 @@ class OptimizerRebuilder:
         self.parts = [divide(index, block, no_decay, own) for index, block in enumerate(self.blocks)]
         refuse_members(optimizer, self.blocks, BLOCK_KEY)
         self.owners = Owners(self.blocks)
+        self._fit: set[Hashable] = set()
+        for part in chain.from_iterable(self.parts):
+            with suppress(ValueError):  # what does not fit is refused when it joins, if it ever does
+                self._refuse_unfit(part, self._template_of(part))
         as_count(warmup_steps, "warmup_steps", minimum=0, fix="it is a number of optimizer steps")
         stepping = optimizers.innermost(optimizer)
         self.first_step = FirstStep(stepping, probe)
@@ -226,7 +231,7 @@ class OptimizerRebuilder:
         adds: list[_Add] = []
         for joining in joins:
             template = self._template_of(joining)
-            optimizers.refuse_unfit(self.optimizer, self.optimizer.param_groups[template], joining.specimens)
+            self._refuse_unfit(joining, template)
             empty = [group for group in self._groups(joining) if not group["params"]]
             if empty:
                 fills.append((empty[0], template, joining))
@@ -242,6 +247,9 @@ class OptimizerRebuilder:
         dropped = [name for part, leaving in leaves for name in self._drop(part, leaving)]
         added = joins[0].names if len(joins) == 1 else tuple(chain.from_iterable(part.names for part in joins))
         return GroupChange(added, tuple(dropped))
+
+    def _refuse_unfit(self, part: Part, template: int) -> None:
+        optimizers.refuse_unfit(self.optimizer, self.optimizer.param_groups[template], part.specimens, self._fit)
 
     def _carry_out(self, adds: list[_Add], fills: list[tuple[dict[str, Any], int, Part]]) -> None:
         """Let groups join optimizer and schedulers, and parameters join empty groups: all or none."""
