@@ -31,7 +31,7 @@ from unfreezing_arms import ARMS, LONG_ARMS, SHORT_ARMS, Run, Setting, long, sho
 import unfreeze_sched
 
 HERE = Path(__file__).parent
-LRS = (1e-3, 3e-3)
+LRS = (1e-3, 3e-3, 1e-2)
 SCALES = (0.1, 0.3)  # of the guide's presets for medium and large data
 TUNING_SEEDS = (1000, 1001)
 SEEDS_AT_ONCE = 4
