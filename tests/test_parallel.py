@@ -241,14 +241,13 @@ def test_deepspeed_is_refused() -> None:
     """Its optimizers lay all parameters out when they are made, and its parameters are partitioned."""
     net = Mixed()
     own = torch.optim.SGD(net.second.parameters(), lr=0.1)
-    stand_in = type(
-        "DeepSpeedZeroOptimizer", (torch.optim.SGD,), {"__module__": "deepspeed.runtime.zero.stage_1_and_2"}
-    )
+    # As it is there: no torch optimizer.
+    stand_in = type("DeepSpeedZeroOptimizer", (), {"__module__": "deepspeed.runtime.zero.stage_1_and_2"})
     with pytest.raises(
         ValueError,
         match="`optimizer` must take further param groups, got DeepSpeed's DeepSpeedZeroOptimizer, which lays",
     ):
-        OptimizerRebuilder(stand_in(net.second.parameters(), lr=0.1), [Block("first", (net.first,))])
+        OptimizerRebuilder(stand_in(), [Block("first", (net.first,))])
     net.first.weight.ds_id = 0
     with pytest.raises(
         ValueError, match="`blocks` must hold parameters that can join later, got first/weight, which DeepSpeed part"

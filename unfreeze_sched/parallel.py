@@ -152,7 +152,7 @@ def refuse_engine(optimizer: Any, blocks: Iterable[Block]) -> None:
     Raises:
         ValueError: DeepSpeed, or FSDP1 without the original parameters.
     """
-    for layer in layers(optimizer):
+    for layer in layers(optimizer) if isinstance(optimizer, Optimizer) else (optimizer,):
         if type(layer).__module__.partition(".")[0] == "deepspeed":
             raise ValueError(
                 f"`optimizer` must take further param groups, got DeepSpeed's {type(layer).__name__}, which lays all "

@@ -120,6 +120,8 @@ class OptimizerRebuilder:
         warmup_steps: int = 0,
         probe: Probe = "ranks",
     ) -> None:
+        self.blocks = validate_blocks(blocks)
+        refuse_engine(optimizer, self.blocks)  # whose optimizers need not be torch's
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"`optimizer` must be a torch optimizer, got {type(optimizer).__name__}; pass the live one")
         if lr_schedulers is not None and not isinstance(lr_schedulers, (list, tuple)):
@@ -127,7 +129,6 @@ class OptimizerRebuilder:
                 f"`lr_schedulers` must be a sequence or None, got {type(lr_schedulers).__name__}; put it into a list"
             )
         self.optimizer = optimizer
-        self.blocks = validate_blocks(blocks)
         self.lr_schedulers = lr_schedulers
         self.on_refreeze = _one_of(on_refreeze, "on_refreeze", ("keep", "drop"))
         self.membership = _one_of(membership, "membership", ("late", "declared"))
@@ -138,7 +139,6 @@ class OptimizerRebuilder:
         optimizers.refuse(
             optimizer, self._template, self._ratios, late=membership == "late", drops=on_refreeze == "drop"
         )
-        refuse_engine(optimizer, self.blocks)
         self.named = tuple(tuple(block.named_parameters()) for block in self.blocks)
         own = optimizer.param_groups[self._template].keys()
         self.parts = [divide(index, block, no_decay, own) for index, block in enumerate(self.blocks)]
