@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from importlib.metadata import version
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from statistics import mean
 from typing import Any, Literal
@@ -77,8 +77,9 @@ def key(run: Run) -> str:
 
 
 def compute(run: Run, setting: Setting, until: float) -> dict[str, Any] | None:
-    """Train a cell in this process, or None where it is too late to begin."""
-    if time.time() > until:
+    """Train a cell in this process, or None where it is too late to begin, or the main process was killed."""
+    parent = parent_process()
+    if time.time() > until or (parent is not None and not parent.is_alive()):
         return None
     begin = time.perf_counter()
     found, _ = train(run, setting)
@@ -209,6 +210,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--render", action="store_true", help="train nothing, write the tables of what is there")
     args = parser.parse_args(argv)
+    arms = [arm for arm in SHORT_ARMS if arm in {"frozen", *args.arms}]  # the baseline of all tables
     today = time.strftime("%Y-%m-%d ")
     until = time.mktime(time.strptime(today + args.until, "%Y-%m-%d %H:%M")) if args.until else float("inf")
     until = 0.0 if args.render else until
@@ -220,7 +222,7 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(
             "unfreezing: too little time for the choice of learning rates; start again with a later --until"
         )
-    runs = table_runs(args.arms, seeds, choices, quick=args.quick)
+    runs = table_runs(arms, seeds, choices, quick=args.quick)
     compute_all(runs, cells, setting, until, args.processes)
     result = {
         "versions": {
@@ -233,6 +235,7 @@ def main(argv: list[str] | None = None) -> None:
         "setting": asdict(setting),
         "choices": choices,
         "planned_seeds": seeds,
+        "arms": arms,
         "tuning": [cell for cell in cells.found.values() if cell["run"]["seed"] in TUNING_SEEDS],
         "cells": cells.of(runs),
     }

@@ -26,13 +26,15 @@ def draw(found: dict[tuple[int, str], Table], path: Path) -> None:
         row[1].set_title("the same on the shifted test part", fontsize=10)
         _forest(row[1], table, {"noise": shifted("noise"), "blur": shifted("blur")})
         row[2].set_title("validation mIoU by epoch, %, mean", fontsize=10)
-        row[3].set_title("loss around a transition, 1 = mean before; mean", fontsize=10)
+        row[3].set_title("loss around a transition over the frozen arm's at the same steps, mean", fontsize=10)
         for arm in (name for name in SHOWN if name in table):
             cells, style = table[arm], {"label": ARMS[arm].text, "color": f"C{SHOWN.index(arm)}"}
             epochs = [int(epoch) + 1 for epoch in cells[0]["validation"]]
             curves = zip(*(cell["validation"].values() for cell in cells), strict=True)
             row[2].plot(epochs, [100 * mean(values) for values in curves], **style)
-            profile = [mean(values) for values in zip(*(cell["loss_profile"] for cell in cells), strict=True)]
+            pairs = zip(cells, table["frozen"], strict=True)
+            ratios = [[a / b for a, b in zip(x["loss_profile"], y["loss_profile"], strict=True)] for x, y in pairs]
+            profile = [mean(values) for values in zip(*ratios, strict=True)]
             row[3].plot(range(-len(profile) // 2, len(profile) // 2), profile, **style)
         row[3].axvline(-0.5, color="grey", linewidth=0.8)
         row[2].legend(fontsize=7)

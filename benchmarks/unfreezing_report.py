@@ -36,7 +36,7 @@ def _shown(column: dict[str, tuple[Interval, float]], arm: str) -> tuple[str, st
         return "", ""
     one, p = column[arm]
     mark = "**" if p < LEVEL else ""
-    return f"{mark}{one.signed}{mark}", f"{p:.3f}"
+    return f"{mark}{one.signed}{mark}", "-" if math.isnan(p) else f"{p:.3f}"
 
 
 def main_table(table: Table) -> str:
@@ -184,13 +184,16 @@ def titled(which: tuple[int, str], table: Table) -> str:
     """What kind of run, and how many seeds."""
     cells = next(iter(table.values()))
     length = "short" if which[0] == EVALUATIONS else "long"
-    return f"{length}, {which[0] * cells[0]['steps_per_epoch']:,} steps, {which[1]}, {len(cells)} seeds"
+    return f"{length}, {which[0] * cells[0]['steps_per_epoch']:,} steps, {which[1]}, {len(cells)} {'seed' if len(cells) == 1 else 'seeds'}"
 
 
 def verdicts(found: dict[tuple[int, str], Table]) -> str:
     """What is significant, and what is not, in words."""
     lines = []
     for which, table in found.items():
+        if len(next(iter(table.values()))) == 1:
+            lines.append(f"- {titled(which, table)}: one seed says nothing about the next.")
+            continue
         for reference in ("frozen", "kept"):
             columns = {
                 "test": against(table, reference, final("test")),
@@ -239,7 +242,7 @@ def write(result: dict[str, Any], output: Path) -> None:
         lines = ",\n".join(json.dumps(cell) for cell in result[name])
         parts.append(f'\n "{name}": [\n{lines}\n ]')
     (output / "unfreezing.json").write_text("{" + ",".join(parts) + "\n}\n")
-    found = tables(result["cells"])
+    found = tables(result["cells"], result["arms"])
     if not found:
         print("no seed is complete yet")
         return
@@ -247,6 +250,7 @@ def write(result: dict[str, Any], output: Path) -> None:
 
     draw(found, output / "unfreezing.png")
     text = TEXT.format(
+        state=state(result, found),
         choices=choices_text(result["choices"]),
         versions=", ".join(f"{name} {value}" for name, value in result["versions"].items()),
         commits=", ".join(sorted({cell["commit"][:12] for cell in result["cells"]})),
@@ -256,6 +260,16 @@ def write(result: dict[str, Any], output: Path) -> None:
     )
     (output / "unfreezing.md").write_text(text)
     print(text)
+
+
+def state(result: dict[str, Any], found: dict[tuple[int, str], Table]) -> str:
+    """How far the planned table has come."""
+    kinds = {(epochs, schedule) for epochs in (10, 80) for schedule in ("cosine", "constant")}
+    done = {kind: len(next(iter(found[kind].values()))) if kind in found else 0 for kind in kinds}
+    names = {
+        kind: f"{'short' if kind[0] == EVALUATIONS else 'long'} {kind[1]} {number}" for kind, number in done.items()
+    }
+    return f"Complete seeds of {result['planned_seeds']} planned: {', '.join(sorted(names.values(), reverse=True))}."
 
 
 def section(which: tuple[int, str], table: Table) -> str:
@@ -291,6 +305,8 @@ TEXT = """# What unfreezing buys
 
 `python benchmarks/unfreezing.py` (`--quick` for a look; a second call goes on where the first stopped, this file's cells
 included). Written by the script; losing results stand as they are.
+
+{state}
 
 {versions}; library at {commits}.
 

@@ -8,7 +8,7 @@ from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 from scipy import stats  # type: ignore[import-untyped]
-from unfreezing_arms import ARMS
+from unfreezing_arms import ARMS, EVALUATIONS, LONG_ARMS
 
 LEVEL = 0.05
 Cell = dict[str, Any]
@@ -25,12 +25,16 @@ class Interval(NamedTuple):
     p: float
 
     def __str__(self) -> str:
-        return f"{self.mean:.1f} ± {self.half:.1f}"
+        return f"{self.mean:.1f}{self._bounds}"
 
     @property
     def signed(self) -> str:
         """With a sign, as a difference."""
-        return f"{self.mean:+.1f} ± {self.half:.1f}"
+        return f"{self.mean:+.1f}{self._bounds}"
+
+    @property
+    def _bounds(self) -> str:
+        return f" ± {self.half:.1f}" if self.half < math.inf else " (one seed)"
 
 
 def interval(values: Sequence[float]) -> Interval:
@@ -60,17 +64,18 @@ def holm(ps: Mapping[str, float]) -> dict[str, float]:
     return adjusted
 
 
-def tables(cells: list[Cell]) -> dict[tuple[int, str], Table]:
-    """The cells by length and LR schedule; only the seeds of which every arm of the table is there."""
+def tables(cells: list[Cell], planned: Sequence[str]) -> dict[tuple[int, str], Table]:
+    """The cells by length and LR schedule; only the seeds of which every planned arm of the table is there."""
     found: dict[tuple[int, str], dict[str, dict[int, Cell]]] = {}
     for cell in cells:
         run = cell["run"]
         found.setdefault((run["epochs"], run["lr_schedule"]), {}).setdefault(run["arm"], {})[run["seed"]] = cell
     complete = {}
     for which, arms in sorted(found.items(), key=lambda item: (item[0][0], item[0][1] != "cosine")):
-        seeds = sorted(set.intersection(*(set(by_seed) for by_seed in arms.values())))
+        wanted = [arm for arm in planned if which[0] == EVALUATIONS or arm in LONG_ARMS]
+        seeds = sorted(set.intersection(*(set(arms.get(arm, {})) for arm in wanted)))
         if seeds:
-            complete[which] = {arm: [arms[arm][seed] for seed in seeds] for arm in ARMS if arm in arms}
+            complete[which] = {arm: [arms[arm][seed] for seed in seeds] for arm in ARMS if arm in wanted}
     return complete
 
 

@@ -60,11 +60,12 @@ def test_only_complete_seeds_count() -> None:
         for arm, seeds in (("frozen", (0, 1, 2)), ("kept", (0, 2, 3)))
         for seed in seeds
     ]
-    (table,) = statistics.tables(cells).values()
+    (table,) = statistics.tables(cells, ["frozen", "kept"]).values()
     assert {arm: [cell["run"]["seed"] for cell in found] for arm, found in table.items()} == {
         "frozen": [0, 2],
         "kept": [0, 2],
     }
+    assert statistics.tables(cells, ["frozen", "kept", "guide"]) == {}
 
 
 def test_reaching_counts_steps_up_to_the_first_time() -> None:
