@@ -1,197 +1,251 @@
-"""What a transition costs: re-creating AdamW, a bare `add_param_group`, `OptimizerRebuilder.sync` and `apply`.
+"""What a transition costs: `apply` and `sync` against `add_param_group`, re-creating AdamW, and the ways of others.
 
     python benchmarks/transition.py [--quick] [--output FOLDER]
 
-Each arm lets the same parameters join an AdamW that has a state for half of them, with a cosine scheduler attached. The
-arms' groups are asserted equal before anything is timed; of the bare `add_param_group` and of re-creating only the
-groups are right: the first leaves the scheduler behind, the second also forgets every moment.
+In each arm the same parameters join an AdamW that has a state for the head, with a cosine scheduler attached; what an
+arm does is in `transition_arms.py`. The arms' groups are asserted equal before anything is timed, and what survives of
+moments, step counts and LR schedule is looked up after a transition. Arms take turns, each in a setting of its own, and
+a ratio is the median over rounds of the ratio to the floor of that round.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
-import statistics
+import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from importlib.metadata import version
-from pathlib import Path
+import tracemalloc
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from measuring import Spread, in_turn, no_collection, parse, ratio, surroundings, table, verdict, write
+from networks import NETWORKS
+from transition_arms import ARMS, FLOOR, Arm, Network, Setting, agreeing, survival
 
-from unfreeze_sched import Block, MilestonePreset, OptimizerRebuilder, ProgressiveUnfreezer, UnfreezeSchedule
-from unfreeze_sched.rebuilder import BLOCK_KEY
-
-HERE = Path(__file__).parent
-SCALE = 0.1
-NO_OPS = 1_000
-
-
-@dataclass
-class Setting:
-    """A head in the optimizer, with moments, and one frozen block of as many tensors that is to join."""
-
-    head: list[nn.Parameter]
-    block: Block
-    optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler
-
-    @classmethod
-    def of(cls, tensors: int) -> Setting:
-        """Half of the tensors in the head, half in the block."""
-        head, body = ([nn.Parameter(torch.zeros(16)) for _ in range(tensors // 2)] for _ in range(2))
-        optimizer = torch.optim.AdamW(head, lr=1e-3)
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 100)
-        for parameter in head:
-            parameter.grad = torch.ones_like(parameter)
-        optimizer.step()
-        optimizer.zero_grad()
-        scheduler.step()
-        return cls(head, Block("body", (nn.ParameterList(body),)), optimizer, scheduler)
-
-    def unfreezer(self) -> ProgressiveUnfreezer:
-        """At epoch 0, the block frozen; epoch 1 lets it join."""
-        schedule = UnfreezeSchedule(preset=MilestonePreset(milestones={1: 1}), total_blocks=1, total_epochs=2)
-        unfreezer = ProgressiveUnfreezer([self.block], self.optimizer, schedule, [self.scheduler], SCALE)
-        unfreezer.apply(0)
-        return unfreezer
+SIZES = (200, 2_000, 20_000, 100_000)
+ROUNDS = {200: 31, 2_000: 31, 20_000: 9, 100_000: 3}
+DIFFERENT = {"Lightning", "fastai's freeze_to"}
+LIBRARY = ("apply, late", "apply, declared", "sync, late", "sync, declared")
 
 
-def recreate(setting: Setting) -> Callable[[], torch.optim.Optimizer]:
-    """The common recipe: a new AdamW over everything that trains."""
-    lr = setting.optimizer.param_groups[0]["lr"]
-
-    def transition() -> torch.optim.Optimizer:
-        body = list(setting.block.parameters())
-        return torch.optim.AdamW([{"params": setting.head, "lr": lr}, {"params": body, "lr": lr * SCALE}])
-
-    return transition
-
-
-def add_group(setting: Setting) -> Callable[[], torch.optim.Optimizer]:
-    """The floor: torch's own method, at the right learning rate, with no eye on the scheduler."""
-    body, lr = list(setting.block.parameters()), setting.optimizer.param_groups[0]["lr"]
-
-    def transition() -> torch.optim.Optimizer:
-        setting.optimizer.add_param_group({"params": body, "lr": lr * SCALE})
-        return setting.optimizer
-
-    return transition
-
-
-def sync(setting: Setting) -> Callable[[], torch.optim.Optimizer]:
-    """A full diff; the flags are set already."""
-    rebuilder = OptimizerRebuilder(setting.optimizer, [setting.block], [setting.scheduler], SCALE)
-
-    def transition() -> torch.optim.Optimizer:
-        rebuilder.sync()
-        return setting.optimizer
-
-    return transition
-
-
-def apply(setting: Setting) -> Callable[[], torch.optim.Optimizer]:
-    """Schedule, flags and norm modes, and the diff of the blocks that changed."""
-    unfreezer = setting.unfreezer()
-
-    def transition() -> torch.optim.Optimizer:
-        unfreezer.apply(1)
-        return setting.optimizer
-
-    return transition
-
-
-def no_op(setting: Setting) -> Callable[[], torch.optim.Optimizer]:
-    """`apply` where nothing changes, as in most epochs; too short to be timed singly."""
-    unfreezer = setting.unfreezer()
-    unfreezer.apply(1)
-
-    def transition() -> torch.optim.Optimizer:
-        for _ in range(NO_OPS):
-            unfreezer.apply(1)
-        return setting.optimizer
-
-    return transition
-
-
-ARMS = {
-    "add_param_group, the floor": add_group,
-    "apply": apply,
-    "sync": sync,
-    "re-creating AdamW": recreate,
-    "apply, nothing to do": no_op,
-}
-
-
-def groups_of(optimizer: torch.optim.Optimizer) -> list[Any]:
-    """What arms must agree on: sizes and hyperparameters by group, the library's tag and the scheduler's key aside."""
-    left_out = {"params", BLOCK_KEY, "initial_lr"}
-    return [
-        (len(group["params"]), {key: value for key, value in group.items() if key not in left_out})
-        for group in optimizer.param_groups
-    ]
-
-
-def measure(make: Callable[[Setting], Callable[[], torch.optim.Optimizer]], tensors: int, repeats: int) -> list[float]:
-    """Seconds of single transitions, each in a setting of its own."""
-    seconds = []
-    for _ in range(repeats):
-        transition = make(Setting.of(tensors))
-        begin = time.perf_counter()
+def one(network: Network, arm: Arm) -> float:
+    """Seconds of one transition, of this thread's processor time: others use the machine too."""
+    setting = Setting.of(network, arm)
+    transition = arm.make(setting)
+    with no_collection():
+        begin = time.thread_time()
         transition()
-        seconds.append(time.perf_counter() - begin)
-    return seconds
+        return (time.thread_time() - begin) / arm.calls
 
 
-def main() -> None:
-    """Measure, print and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small sizes, few repeats")
-    parser.add_argument("--output", type=Path, default=HERE / "results", help="folder for transition.json and .md")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    sizes, repeats = ((200, 2_000), 5) if args.quick else ((200, 2_000, 20_000), 15)
+def measure(network: Network, tensors: int, rounds: int, most: int = 10**9) -> dict[str, dict[str, Any]]:
+    """Seconds, ratios and memory of each arm, on one network; arms that grow with the square up to `most` tensors."""
+    agreed = agreeing(network, tensors)
+    wanted = {name for name, arm in ARMS.items() if arm.is_there and tensors <= arm.most} - DIFFERENT
+    assert wanted <= set(agreed), f"arms differ: {wanted - set(agreed)}"
+    there = {name: arm for name, arm in ARMS.items() if arm.is_there and tensors <= arm.most}
+    arms = {name: arm for name, arm in there.items() if arm.most == 10**9 or tensors <= most}
+    slow = {name for name, arm in arms.items() if arm.most < 10**9}
+    found = in_turn({name: lambda arm=arm: one(network, arm) for name, arm in arms.items() if name not in slow}, rounds)  # type: ignore[misc]
+    for name in slow:  # enough to see how they grow
+        found[name] = [one(network, arms[name]) for _ in range(min(rounds, 5))]
+    floor = found[FLOOR]
+    rows = {}
+    for name, values in found.items():
+        rows[name] = {
+            "ms": Spread.of(values).scaled(1e3),
+            "ratio": ratio(values, floor[: len(values)]),
+            "python bytes": python_bytes(network, arms[name]),
+            **survival(network, arms[name], counted=name not in slow or tensors <= 200),
+        }
+    apply = found["apply, late"]
+    for name in ("re-creating AdamW", "re-creating, state by reference", "re-creating, state by load_state_dict"):
+        rows[name]["over apply"] = ratio(found[name], apply)
+    return rows
 
-    for tensors in sizes[:2]:
-        found = [groups_of(make(Setting.of(tensors))()) for make in ARMS.values()]
-        assert all(groups == found[0] for groups in found), "arms differ"
 
-    rows = []
-    for tensors in sizes:
-        floor = 0.0
-        for name, make in ARMS.items():
-            seconds = [one / (NO_OPS if make is no_op else 1) for one in measure(make, tensors, repeats)]
-            low, median, high = statistics.quantiles(seconds, n=4)
-            floor = floor or median
-            rows.append(
-                {
-                    "tensors": tensors,
-                    "arm": name,
-                    "median_ms": 1e3 * median,
-                    "iqr_ms": 1e3 * (high - low),
-                    "ratio": median / floor,
-                }
-            )
-    versions = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "unfreeze-sched": version("unfreeze-sched"),
-        "threads": torch.get_num_threads(),
-        "repeats": repeats,
-    }
-    lines = ["| tensors | arm | median, ms | IQR, ms | over the floor |", "| --- | --- | --- | --- | --- |"]
-    lines += [
-        f"| {r['tensors']:,} | {r['arm']} | {r['median_ms']:.4f} | {r['iqr_ms']:.4f} | {r['ratio']:.3f} |" for r in rows
+def python_bytes(network: Network, arm: Arm) -> int:
+    """The most that Python's objects take during a transition, over what was there; tensors' own memory aside."""
+    setting = Setting.of(network, arm)
+    transition = arm.make(setting)
+    with no_collection():
+        tracemalloc.start()
+        try:
+            transition()
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+
+def exponent(first: float, last: float, sizes: float) -> float:
+    """Of the growth between two sizes: 1 is linear."""
+    return math.log(last / first) / math.log(sizes)
+
+
+def targets(found: dict[int, dict[str, dict[str, Any]]]) -> list[dict[str, str]]:
+    """The targets, with what was measured, at 2,000 tensors and above."""
+    large = {size: rows for size, rows in found.items() if size >= 2_000}
+    least, most = min(large), max(large)
+
+    def row(target: str, limit: float, values: dict[int, float], *, at_least: bool = False) -> dict[str, str]:
+        shown = ", ".join(f"{value:.2f} at {size:,}" for size, value in values.items())
+        worst = min(values.values()) if at_least else max(values.values())
+        return {"target": target, "measured": shown, "": verdict(worst, limit, at_least=at_least)}
+
+    rows = [
+        row(
+            f"`{name}` at most {limit} of the floor",
+            limit,
+            {s: rows[name]["ratio"].median for s, rows in large.items()},
+        )
+        for name, limit in zip(LIBRARY, (1.5, 1.5, 2.2, 2.2), strict=True)
     ]
-    text = "\n".join([*lines, "", ", ".join(f"{name} {value}" for name, value in versions.items()), ""])
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "transition.json").write_text(json.dumps({"versions": versions, "rows": rows}, indent=2) + "\n")
-    (args.output / "transition.md").write_text(text)
-    print(text)
+    rows += [
+        row(
+            f"{name} at least 3 times `apply, late`",
+            3,
+            {s: rows[name]["over apply"].median for s, rows in large.items()},
+            at_least=True,
+        )
+        for name in ("re-creating, state by load_state_dict", "re-creating, state by reference")
+    ]
+    rows.append(
+        row(
+            "no-op `apply`, microseconds, at most 10",
+            10,
+            {s: 1e3 * rows["apply, nothing to do"]["ms"].median for s, rows in found.items()},
+        )
+    )
+    if most > least:
+        growth = {
+            name: exponent(found[least][name]["ms"].median, found[most][name]["ms"].median, most / least)
+            for name in (FLOOR, "apply, late", "sync, late")
+        }
+        rows.append(
+            {
+                "target": f"growth from {least:,} to {most:,} tensors linear or better (exponent at most 1)",
+                "measured": ", ".join(f"{value:.2f} {name}" for name, value in growth.items()),
+                "": verdict(growth["apply, late"], 1.0),
+            }
+        )
+    kept = {rows[name]["tensor bytes, kept"] for rows in found.values() for name in LIBRARY}
+    peak = max(int(rows[name]["tensor bytes, peak"].replace(",", "")) for rows in found.values() for name in LIBRARY)
+    rows.append(
+        {
+            "target": "no bytes of tensors beyond the new parameters' own state",
+            "measured": f"kept {', '.join(sorted(kept))}; at most {peak} for a moment",
+            "": verdict(float(kept != {"0"}), 0),
+        }
+    )
+    return rows
+
+
+def cells(rows: dict[str, dict[str, Any]]) -> str:
+    """The table of one network."""
+    return table(
+        [
+            {
+                "arm": name,
+                "ms": f"{row['ms'].show(4)}",
+                "over the floor": row["ratio"].show(2) if name != "apply, nothing to do" else "-",
+                "Python, peak KiB": f"{row['python bytes'] / 1024:,.0f}",
+                **{key: row[key] for key in ("tensor bytes, peak", "tensor bytes, kept")},
+            }
+            for name, row in rows.items()
+        ]
+    )
+
+
+def survives(rows: dict[str, dict[str, Any]]) -> str:
+    keys = ("moments", "step counts", "LR schedule", "joined")
+    return table([{"arm": name, **{key: row[key] for key in keys}} for name, row in rows.items()])
+
+
+def draw(
+    found: dict[int, dict[str, dict[str, Any]]], models: dict[str, dict[str, dict[str, Any]]]
+) -> Callable[[Any], None]:
+    """Times over sizes, and ratios to the floor for the models."""
+
+    def on(figure: Any) -> None:
+        left, right = figure.subplots(1, 2, width_ratios=[1.4, 1])
+        arms = list(next(iter(found.values())))
+        markers = dict(zip(arms, "osDv^<>Ph*Xpd", strict=False))
+        for name in arms:
+            sizes = [size for size in found if name in found[size]]
+            style = "-" if name in LIBRARY or name == FLOOR else ":"
+            medians = [found[s][name]["ms"].median for s in sizes]
+            left.plot(sizes, medians, style, marker=markers[name], markersize=4, linewidth=1, label=name)
+        left.set(xscale="log", yscale="log", xlabel="tensors, half of them joining", ylabel="ms a transition, median")
+        left.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        left.grid(visible=True, alpha=0.3)
+        shown = [name for name in arms if name not in {FLOOR, "apply, nothing to do"}]
+        for place, (model, rows) in enumerate(models.items()):
+            names = [name for name in shown if name in rows]
+            ys = [shown.index(name) + 0.25 * (place - 1) for name in names]
+            right.barh(ys, [rows[name]["ratio"].median for name in names], height=0.22, label=model)
+        right.axvline(1, color="black", linewidth=0.8)
+        right.set(xscale="log", xlabel="times the floor", yticks=range(len(shown)))
+        right.set_yticklabels(shown, fontsize=7)
+        right.invert_yaxis()
+        right.legend(fontsize=7)
+
+    return on
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, print and write the table."""
+    args = parse(__doc__, argv)
+    torch.set_num_threads(1)
+    began = time.perf_counter()
+    sizes = SIZES[:2] if args.quick else SIZES
+    most = 200 if args.quick else 10**9
+    found = {size: measure(Network.of(size), size, 3 if args.quick else ROUNDS[size], most) for size in sizes}
+    models = {}
+    for name, make in list(NETWORKS.items())[: 1 if args.quick else None]:
+        network = make()
+        if "meta" not in name:
+            models[name] = measure(network, 200, 3 if args.quick else 11, most)
+            continue
+        by_value = ARMS.pop("Lightning")  # its comparison by value has nothing to look at
+        try:
+            models[name] = measure(network, 0, 11)
+        finally:
+            ARMS["Lightning"] = by_value
+    versions = surroundings("lightning", "finetuning-scheduler", "fastai", "timm", "segmentation-models-pytorch")
+    versions["seconds in all"] = round(time.perf_counter() - began)
+    survived = found[min(size for size in found if size >= 2_000 or args.quick)]
+    parts = [
+        "# What a transition costs",
+        (
+            "Made by `python benchmarks/transition.py`. Half of the tensors are a head with moments in AdamW, under a cosine "
+            "scheduler; the other half join. Medians, interquartile ranges in brackets. The floor is a bare "
+            "`add_param_group`, which neither sets `requires_grad` nor tells the scheduler."
+        ),
+        "## Targets",
+        table(targets(found)),
+        "## What survives",
+        (
+            "Looked up after the transition of the smallest such size, the scheduler driven on over one and a half periods. "
+            "finetuning-scheduler's path here is its optimizer side alone, without its Trainer. Lightning compares by value, "
+            "so in a new network it leaves out what equals another parameter; see the models."
+        ),
+        survives(survived),
+    ]
+    for size, rows in found.items():
+        parts += [f"## {size:,} tensors, {rows[FLOOR]['ms'].repeats} rounds", cells(rows)]
+    for name, rows in models.items():
+        parts += [
+            f"## {name}",
+            "All blocks of the encoder join at once, each in a group of its own.",
+            cells(rows),
+            survives(rows),
+        ]
+    write(
+        "transition",
+        args.output,
+        {"versions": versions, "tensors": found, "models": models},
+        "\n\n".join(parts),
+        draw(found, models),
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,150 @@
+"""What the timing scripts share: arms in turn, medians and spreads, what was measured on, and the three files."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from schedulers_matrix import as_markdown
+
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and interquartile range of repeated measurements."""
+
+    median: float
+    iqr: float
+    repeats: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Of at least one value; one value has no range."""
+        if len(values) == 1:
+            return cls(values[0], 0.0, 1)
+        low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(statistics.median(values), high - low, len(values))
+
+    def scaled(self, factor: float) -> Spread:
+        """In another unit."""
+        return Spread(self.median * factor, self.iqr * factor, self.repeats)
+
+    def show(self, digits: int = 3) -> str:
+        """Median and range in one cell."""
+        return f"{self.median:,.{digits}f} ({self.iqr:,.{digits}f})"
+
+
+def ratio(values: Sequence[float], to: Sequence[float]) -> Spread:
+    """Of ratios within one round each: what slows the machine down slows both."""
+    return Spread.of([value / other for value, other in zip(values, to, strict=True)])
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """No garbage collection within, as in `timeit`; it is as free of garbage as it can be at the start."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def in_turn(arms: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """One value of each arm a round; every other round goes backwards, so that no arm is always the first."""
+    found: dict[str, list[float]] = {name: [] for name in arms}
+    for index in range(rounds):
+        for name in list(arms)[:: -1 if index % 2 else 1]:
+            found[name].append(arms[name]())
+    return found
+
+
+def parse(doc: str | None, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments that all scripts have."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small sizes, few rounds: whether it runs, not how fast")
+    parser.add_argument("--output", type=Path, default=HERE / "results", help="folder for the JSON, .md and .png files")
+    return parser.parse_args(argv)
+
+
+def surroundings(*packages: str) -> dict[str, Any]:
+    """What the figures depend on."""
+    found: dict[str, Any] = {"python": platform.python_version()}
+    for name in ("torch", "unfreeze-sched", *packages):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return {
+        **found,
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load at the end": round(os.getloadavg()[0], 1),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def plain(value: Any) -> Any:
+    """Spreads as JSON has them."""
+    if isinstance(value, Spread):
+        return asdict(value)
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def verdict(value: float, limit: float, *, at_least: bool = False) -> str:
+    """Whether a target is met, in a word."""
+    return "met" if (value >= limit if at_least else value <= limit) else "**missed**"
+
+
+def table(rows: Sequence[Mapping[str, object]]) -> str:
+    """A Markdown table."""
+    return as_markdown([{key: str(cell) for key, cell in row.items()} for row in rows])
+
+
+def write(name: str, output: Path, result: Mapping[str, Any], text: str, draw: Callable[[Any], None]) -> None:
+    """Write `name.json`, `name.md` and `name.png`, and print the text.
+
+    Args:
+        name: Of the script.
+        output: Folder; made if it is not there.
+        result: Numbers, with `versions`.
+        text: Markdown, to which the versions are added.
+        draw: Draws on a figure of matplotlib.
+    """
+    import matplotlib as mpl  # noqa: PLC0415  # slow to import, and needed at the end alone
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt  # noqa: PLC0415  # likewise
+
+    output.mkdir(parents=True, exist_ok=True)
+    (output / f"{name}.json").write_text(json.dumps(plain(result), indent=1) + "\n", encoding="utf-8")
+    versions = ", ".join(f"{key} {value}" for key, value in result["versions"].items())
+    text = f"{text.rstrip()}\n\n{versions}\n\n![]({name}.png)\n"
+    (output / f"{name}.md").write_text(text, encoding="utf-8")
+    figure = plt.figure(figsize=(11, 4.5), layout="constrained")
+    draw(figure)
+    figure.savefig(output / f"{name}.png", dpi=110)
+    plt.close(figure)
+    print(text)
