@@ -53,8 +53,7 @@ def ratio(values: Sequence[float], to: Sequence[float]) -> Spread:
 
 @contextmanager
 def no_collection() -> Iterator[None]:
-    """No garbage collection within, as in `timeit`; it is as free of garbage as it can be at the start."""
-    gc.collect()
+    """No garbage collection within, as in `timeit`."""
     gc.disable()
     try:
         yield

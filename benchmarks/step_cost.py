@@ -325,21 +325,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         networks = {"efficientnet-b0 Unet, 32 pixels, batch 2": (lambda: Training.of(unet(), 32, 2), 2, ["fused"])}
     else:
         networks = {
-            "efficientnet-b0 Unet, 96 pixels, batch 4": (lambda: Training.of(unet(), 96, 4), 11, [*IMPLEMENTATIONS]),
-            "ViT-B, 112 pixels, batch 1": (lambda: Training.of(vit(112), 112, 1), 5, [*IMPLEMENTATIONS]),
+            "efficientnet-b0 Unet, 96 pixels, batch 4": (lambda: Training.of(unet(), 96, 4), 7, [*IMPLEMENTATIONS]),
+            "ViT-B, 112 pixels, batch 1": (lambda: Training.of(vit(112), 112, 1), 3, [*IMPLEMENTATIONS]),
         }
-    rows, kept = {}, {}
+    rows: dict[str, list[dict[str, Any]]] = {}
+    kept: dict[str, dict[str, dict[str, Spread]]] = {}
     for name, (make, rounds, implementations) in networks.items():
         training = make()
         rows[name] = measure(training, rounds, implementations)
         kept[name] = {"norms": norm_keeping(training, rounds), "probe": probing(training, rounds)}
         del training
-    versions = {
-        **surroundings("timm", "segmentation-models-pytorch"),
-        "seconds in all": round(time.perf_counter() - began),
-    }
-    result = {"versions": versions, "rows": rows, "keeping": kept}
-    write("step_cost", args.output, result, text_of(rows, kept), draw(rows))
+        versions = {
+            **surroundings("timm", "segmentation-models-pytorch"),
+            "seconds in all": round(time.perf_counter() - began),
+        }
+        result = {"versions": versions, "rows": rows, "keeping": kept}
+        write("step_cost", args.output, result, text_of(rows, kept), draw(rows))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ SCALE = 0.1
 LR = 1e-3
 PERIOD = 100
 NO_OPS = 1_000
-STEPS_BEFORE = 3
+STEPS_BEFORE = 1
 
 
 @dataclass
