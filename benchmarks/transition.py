@@ -187,7 +187,8 @@ def draw(
         right.set(xscale="log", xlabel="times the floor", yticks=range(len(shown)))
         right.set_yticklabels(shown, fontsize=7)
         right.invert_yaxis()
-        right.legend(fontsize=7)
+        if models:
+            right.legend(fontsize=7)
 
     return on
 
