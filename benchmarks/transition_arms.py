@@ -411,12 +411,17 @@ def survival(network: Network, arm: Arm, *, counted: bool = True) -> dict[str, s
 def _kept(before: dict[Any, Any], after: Any, torchs: bool) -> tuple[str, str]:
     keys = ("exp_avg", "exp_avg_sq") if torchs else ("grad_avg", "sqr_avg")
     moments = all(
-        key in after.get(parameter, {}) and torch.equal(after[parameter][key], state[key])
+        key in after.get(parameter, {}) and _same(after[parameter][key], state[key])
         for parameter, state in before.items()
         for key in keys
     )
     counts = all("step" in after.get(p, {}) and bool(after[p]["step"] == s["step"]) for p, s in before.items())
     return ("kept" if moments else "lost"), ("kept" if counts else "lost")
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """To the bit; on the meta device there are shapes alone."""
+    return one.shape == other.shape and (one.is_meta or torch.equal(one, other))
 
 
 def _inside(optimizer: Any) -> set[int]:
