@@ -26,7 +26,7 @@ def draw(found: dict[tuple[int, str], Table], path: Path) -> None:
         row[1].set_title("the same on the shifted test part", fontsize=10)
         _forest(row[1], table, {"noise": shifted("noise"), "blur": shifted("blur")})
         row[2].set_title("validation mIoU by epoch, %, mean", fontsize=10)
-        row[3].set_title("loss around a transition over the frozen arm's at the same steps, mean", fontsize=10)
+        row[3].set_title("loss around a transition, over the frozen arm's", fontsize=10)
         for arm in (name for name in SHOWN if name in table):
             cells, style = table[arm], {"label": ARMS[arm].text, "color": f"C{SHOWN.index(arm)}"}
             epochs = [int(epoch) + 1 for epoch in cells[0]["validation"]]
