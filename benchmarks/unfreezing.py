@@ -206,7 +206,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--processes", type=int, default=2, help="at once, one thread each; 0 is this process")
     parser.add_argument("--cells", type=Path, default=Path("runs/unfreezing"), help="folder of the finished cells")
     parser.add_argument(
-        "--output", type=Path, default=HERE / "results", help="folder for unfreezing.json, .md and .png"
+        "--output", type=Path, default=None, help="folder for the tables (default: results; quick: that of the cells)"
     )
     parser.add_argument("--render", action="store_true", help="train nothing, write the tables of what is there")
     args = parser.parse_args(argv)
@@ -216,7 +216,9 @@ def main(argv: list[str] | None = None) -> None:
     until = 0.0 if args.render else until
     setting = QUICK if args.quick else Setting()
     seeds = args.seeds or (2 if args.quick else 8)
-    cells = Cells(args.cells / ("quick" if args.quick else "full"), args.output / "unfreezing.json", setting)
+    # A look must not overwrite the published cells.
+    output = args.output or (args.cells / "tables" if args.quick else HERE / "results")
+    cells = Cells(args.cells / ("quick" if args.quick else "full"), output / "unfreezing.json", setting)
     choices = dict(QUICK_CHOICES) if args.quick else tuning(cells, setting, until, args.processes)
     if choices is None:
         raise SystemExit(
@@ -239,8 +241,8 @@ def main(argv: list[str] | None = None) -> None:
         "tuning": [cell for cell in cells.found.values() if cell["run"]["seed"] in TUNING_SEEDS],
         "cells": cells.of(runs),
     }
-    args.output.mkdir(parents=True, exist_ok=True)
-    unfreezing_report.write(result, args.output)
+    output.mkdir(parents=True, exist_ok=True)
+    unfreezing_report.write(result, output)
 
 
 if __name__ == "__main__":
