@@ -279,7 +279,9 @@ try:
     run.train(range(EPOCHS))
 except RuntimeError as error:
     (root / f"refused-{run.accelerator.process_index}.txt").write_text(str(error))
+run.accelerator.wait_for_everyone()
 run.accelerator.end_training()
+os._exit(0)  # gloo's threads may outlive the wrappers, which aborts an ordinary exit now and then
 """
 
 
