@@ -11,7 +11,6 @@ from torch.optim import Optimizer
 
 from unfreeze_sched.blocks import Block
 
-_Home = tuple[Mapping[str, Any], str, nn.Parameter, str]
 _Shelf = tuple[Mapping[str, Any], tuple[nn.Parameter | None, ...]]
 
 
@@ -38,13 +37,13 @@ optimizer and unfreezer after that
 
     def __init__(self, blocks: Iterable[Block]) -> None:
         self._blocks = tuple(blocks)
-        self._homes = [_homes(block) for block in self._blocks]
+        self._named = [tuple(block.named_parameters()) for block in self._blocks]
         self._shelves = [_shelves(block) for block in self._blocks]
-        self._firsts = [homes[0] for homes in self._homes if homes]
+        self._firsts = [first for shelves in self._shelves if (first := _first(shelves))]
 
     def look_whole(self) -> bool:
         """Whether each block still holds the first of its parameters: cheap, and what replaces one replaces all."""
-        return all(held.get(key) is parameter for held, key, parameter, _ in self._firsts)
+        return all(held.get(key) is parameter for held, key, parameter in self._firsts)
 
     def refuse_orphans(self, indices: Iterable[int]) -> None:
         """Refuse blocks that do not hold one of their parameters any more.
@@ -58,12 +57,9 @@ optimizer and unfreezer after that
         for index in indices:
             if all(_is_untouched(*shelf) for shelf in self._shelves[index]):
                 continue
-            moved = [
-                (name, parameter) for held, key, parameter, name in self._homes[index] if held.get(key) is not parameter
-            ]
             # A parametrization keeps the parameter in another module.
             inside = set(map(id, self._blocks[index].parameters()))
-            orphans = [name for name, parameter in moved if id(parameter) not in inside]
+            orphans = [name for name, parameter in self._named[index] if id(parameter) not in inside]
             if orphans:
                 more = f" and {len(orphans) - 1} more" if len(orphans) > 1 else ""
                 raise RuntimeError(
@@ -106,21 +102,18 @@ def refuse_members(optimizer: Optimizer, blocks: Iterable[Block], key: str) -> N
         )
 
 
-def _homes(block: Block) -> list[_Home]:
-    """Where the block's parameters lie: a module's own dict of parameters, the key, the parameter and its name."""
-    names = {id(parameter): name for name, parameter in block.named_parameters()}
-    return [
-        (module._parameters, key, parameter, names[id(parameter)])  # noqa: SLF001  # its own, without its children's
-        for module in block.modules()
-        for key, parameter in module._parameters.items()  # noqa: SLF001
-        if parameter is not None and id(parameter) in names
-    ]
-
-
 def _shelves(block: Block) -> list[_Shelf]:
     """The own dicts of parameters of the block's modules, with what lies in each."""
-    held = (module._parameters for module in block.modules())  # noqa: SLF001  # likewise
+    held = (module._parameters for module in block.modules())  # noqa: SLF001  # without its children's
     return [(parameters, tuple(parameters.values())) for parameters in held if parameters]
+
+
+def _first(shelves: Iterable[_Shelf]) -> tuple[Mapping[str, Any], str, nn.Parameter] | None:
+    """The first parameter that a module holds, with its place."""
+    return next(
+        ((held, key, parameter) for held, _ in shelves for key, parameter in held.items() if parameter is not None),
+        None,
+    )
 
 
 def _is_untouched(held: Mapping[str, Any], values: tuple[nn.Parameter | None, ...]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,13 +100,12 @@ def _built(name: str, image_size: Size | None) -> tuple[nn.Module, str]:
     is_model = timm.is_model if timm else lambda _: False
     prefix, _, rest = name.partition("-")  # `tu-` stands before timm's name; `timm-` did, and smp still maps most of it
     try:
-        with torch.device("meta"), _RealRanges():
+        # A KeyError is smp's word for a name that it does not know, with all that it knows.
+        with suppress(KeyError), torch.device("meta"), _RealRanges():
             if name in smp_names or (smp and prefix in {"tu", "timm"} and (is_model(rest) or is_model(f"tf_{rest}"))):
                 return smp.Unet(name, encoder_weights=None), "smp.Unet"
             if is_model(name) and ":" not in name:  # such a prefix asks a hub
                 return _timm_model(timm, name, image_size), "timm"
-    except KeyError:
-        pass  # smp's word for a name that it does not know, with all that it knows
     except Exception as error:
         raise ValueError(
             f"`--encoder` must be one that can be built without weights, got {name} ({_first_line(error)}); "
