@@ -1,4 +1,4 @@
-"""The code of the frameworks' guides, as their tests run it."""
+"""The code of the guides, as their tests run it."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Any
 
 import unfreeze_sched
 
-FOLDER = Path(unfreeze_sched.__file__).parent / "integrations"
+ROOT = Path(unfreeze_sched.__file__).parent
 
 
 def snippets(guide: str, kind: str = "python") -> list[str]:
-    """A guide's blocks of one kind."""
-    return re.findall(rf"^```{kind}\n(.*?)^```", (FOLDER / guide).read_text(), re.MULTILINE | re.DOTALL)
+    """A guide's blocks of one kind; its name is found anywhere in the package."""
+    (path,) = ROOT.rglob(guide)
+    return re.findall(rf"^```{kind}\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL)
 
 
 def side(diff: str, which: str) -> str:

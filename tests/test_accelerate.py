@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ import pytest
 import torch
 from bits import differences
 from oracle import Net
+from processes import two_ranks
 from snippets import added, run, side, snippets
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -220,6 +218,7 @@ def test_the_guide(tmp_path: Path, which: str) -> None:
 
 
 SCRIPT = """
+import os
 import sys
 
 sys.path.insert(0, sys.argv[2])
@@ -287,19 +286,7 @@ os._exit(0)  # gloo's threads may outlive the wrappers, which aborts an ordinary
 
 def test_two_processes(tmp_path: Path) -> None:
     """Two ranks keep equal to the bit, through a resume too, and equal one run on joint batches; drift is refused."""
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    command = [*(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")]
-    done = subprocess.run(
-        [*command, str(script), str(tmp_path), str(Path(__file__).parent)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    runs = {path.stem: torch.load(path, weights_only=True) for path in tmp_path.glob("*.pt")}
+    runs = two_ranks(tmp_path, SCRIPT)
     assert len(runs) == 6
     for name in ("unused-1", "resumed-0", "resumed-1"):
         assert differences(runs[name], runs["unused-0"]) == []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,20 +9,13 @@ from typing import Any
 import pytest
 import torch
 from oracle import Net
+from snippets import run, snippets
 from torch import distributed
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.nn.parallel import DistributedDataParallel
 
-import unfreeze_sched
 from unfreeze_sched import ProgressiveUnfreezer, RatePreset, UnfreezeSchedule
 from unfreeze_sched.parallel import all_trainable, rewrap_ddp
-
-ROOT = Path(unfreeze_sched.__file__).parent
-
-
-def snippets(guide: str) -> list[str]:
-    """The Python blocks of a guide."""
-    return re.findall(r"^```python\n(.*?)^```", (ROOT / guide).read_text(), re.MULTILINE | re.DOTALL)
 
 
 def make() -> dict[str, Any]:
@@ -42,10 +34,6 @@ def train_one_epoch(model: torch.nn.Module, optimizer: torch.optim.Optimizer) ->
         model(torch.randn(4, 4, dtype=next(model.parameters()).dtype)).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-
-
-def run(code: str, names: dict[str, Any]) -> None:
-    exec(compile(code, "<guide>", "exec"), names)  # noqa: S102  # the guide's own code
 
 
 def test_resume(tmp_path: Path) -> None:

@@ -6,18 +6,17 @@ import copy
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from oracle import Net, Run, differences, twins
+from snippets import run, snippets
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, parametrizations, parametrize, spectral_norm, weight_norm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from torch.utils.checkpoint import checkpoint
 
-import unfreeze_sched
 from unfreeze_sched import (
     Block,
     MilestonePreset,
@@ -665,17 +664,15 @@ def test_adapters_injected_into_a_plain_model() -> None:
 
 # The guide.
 
-GUIDE = Path(unfreeze_sched.__file__).parent / "loops.md"
-
 
 @RENAMED
 def test_the_guide_runs() -> None:
     """Each Python block of the guide runs as it stands, after the ones before it."""
     pytest.importorskip("peft")
     pytest.importorskip("timm")
-    blocks = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), flags=re.DOTALL)
+    blocks = snippets("loops.md")
     assert len(blocks) > 5
     torch.manual_seed(0)
     names: dict[str, Any] = {}
     for code in blocks:
-        exec(compile(code, GUIDE.name, "exec"), names)  # noqa: S102  # the point
+        run(code, names)

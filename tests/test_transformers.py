@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -16,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from bits import differences
+from processes import two_ranks
 from snippets import added, side, snippets
 from snippets import run as run_guide
 from torch import nn
@@ -480,19 +479,7 @@ torch.distributed.destroy_process_group()
 @pytest.mark.slow
 def test_two_processes(tmp_path: Path) -> None:
     """Under `torchrun` the ranks keep equal to the bit, through a resume too; without unused parameters DDP refuses."""
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    command = [*(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")]
-    done = subprocess.run(
-        [*command, str(script), str(tmp_path), str(Path(__file__).parent)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    runs = {path.stem: torch.load(path, weights_only=True) for path in tmp_path.glob("*.pt")}
+    runs = two_ranks(tmp_path, SCRIPT)
     assert sorted(runs) == ["resumed-0", "resumed-1", "whole-0", "whole-1"]
     assert len(runs["whole-0"][1]["param_groups"]) == 8
     for name in ("whole-1", "resumed-0", "resumed-1"):

@@ -1,0 +1,28 @@
+"""Scripts on real ranks."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def two_ranks(folder: Path, code: str) -> dict[str, Any]:
+    """Run a script under torchrun on two processes, given the folder and that of the tests; what it saved, by name."""
+    script = folder / "script.py"
+    script.write_text(code)
+    command = [*(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")]
+    done = subprocess.run(
+        [*command, str(script), str(folder), str(Path(__file__).parent)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {path.stem: torch.load(path, weights_only=True) for path in folder.glob("*.pt")}
