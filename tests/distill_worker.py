@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from unfreeze_sched.__main__ import leave
 from unfreeze_sched.cli import main
 from unfreeze_sched.distill import command, training
 
@@ -48,4 +49,4 @@ if __name__ == "__main__":
         training.evaluate = failing_evaluate
     if os.environ.get("DOUBLE"):
         torch.set_default_dtype(torch.float64)
-    sys.exit(main(sys.argv[2:]))
+    leave(main(sys.argv[2:]))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from processes import leave
 from torch import Tensor, distributed, nn
 
 from unfreeze_sched.distill.joint import joint_forward, share_of, wrap
@@ -74,4 +75,4 @@ if __name__ == "__main__":
     torch.save(
         {way: train(Ranks(rank, world), joint=way == "joint") for way in ("joint", "by share")}, folder / f"{rank}.pt"
     )
-    distributed.destroy_process_group()
+    leave()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from processes import leave
 from torch import distributed, nn
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -285,7 +286,7 @@ def main() -> None:
             result["weights"] = run.full
         torch.save(result, out / f"{name}.{rank}.pt")
         distributed.barrier()
-    distributed.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -540,6 +540,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, sys.argv[2])
+from processes import leave
 from test_lightning import *
 
 root = Path(sys.argv[1])
@@ -556,6 +557,8 @@ run("unused", "ddp_find_unused_parameters_true")
 saver = L.callbacks.ModelCheckpoint(root / "kept")
 run("begun", "ddp", 3, enable_checkpointing=True, callbacks=[saver])
 run("resumed", "ddp", ckpt=saver.best_model_path)
+torch.distributed.barrier()
+leave()
 """
 
 

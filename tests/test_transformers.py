@@ -456,6 +456,7 @@ SCRIPT = """
 import sys
 
 sys.path.insert(0, sys.argv[2])
+from processes import leave
 from test_transformers import *
 
 def go(name, resume=None, **arguments):
@@ -472,7 +473,7 @@ try:
     go("unused", ddp_find_unused_parameters=False)
 except RuntimeError as error:
     (Path(sys.argv[1]) / f"refused-{torch.distributed.get_rank()}.txt").write_text(str(error))
-torch.distributed.destroy_process_group()
+leave()
 """
 
 
