@@ -23,15 +23,22 @@ from networks import NETWORKS
 from transition_arms import ARMS, FLOOR, Arm, Network, Setting, agreeing, survival
 
 SIZES = (200, 2_000, 20_000, 100_000)
-ROUNDS = {200: 15, 2_000: 15, 20_000: 5, 100_000: 3}
+ROUNDS = {200: 31, 2_000: 31, 20_000: 7, 100_000: 3}
 DIFFERENT = {"Lightning", "fastai's freeze_to"}
 LIBRARY = ("apply, late", "apply, declared", "sync, late", "sync, declared")
 
 
 def one(network: Network, arm: Arm) -> float:
-    """Seconds of one transition, of this thread's processor time: others use the machine too."""
+    """Seconds of one transition, of this thread's processor time: others use the machine too.
+
+    The joining parameters are looked at once before: whether they lie in the cache, as some arms' preparations leave
+    them, is worth a millisecond per 1,000.
+    """
     setting = Setting.of(network, arm)
     transition = arm.make(setting)
+    for body in network.bodies:
+        for parameter in body:
+            assert parameter.is_leaf
     with no_collection():
         begin = time.thread_time()
         transition()
@@ -207,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, make in list(NETWORKS.items())[: 1 if args.quick else None]:
         by_value = ARMS.pop("Lightning") if "meta" in name else None  # it has no values to compare
         try:
-            models[name] = measure(make(), 200, 3 if args.quick else 7, most)
+            models[name] = measure(make(), 200, 3 if args.quick else 15, most)
         finally:
             if by_value is not None:
                 ARMS["Lightning"] = by_value

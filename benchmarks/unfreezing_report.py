@@ -226,6 +226,31 @@ def verdicts(found: dict[tuple[int, str], Table]) -> str:
     return "\n".join(lines)
 
 
+ALTERNATIVES = {
+    "cleared": "moments are kept",
+    "norms_frozen": '`norms="eval"`, not `"frozen"`',
+    "norms_train": '`norms="eval"`, not `"train"`',
+    "warmup": "`warmup_steps=0`, not 20",
+    "layer_decay": "`layer_decay=1`, not 0.8",
+}
+
+
+def defaults(found: dict[tuple[int, str], Table]) -> str:
+    """Where an alternative to one of the library's defaults is significantly better or worse than it."""
+    lines = []
+    for arm, default in ALTERNATIVES.items():
+        sides: dict[bool, list[str]] = {True: [], False: []}
+        for which, table in found.items():
+            for part, measure in {"test": final("test"), "noise": shifted("noise"), "blur": shifted("blur")}.items():
+                column = against(table, "kept", measure) if arm in table else {}
+                if column and column[arm][1] < LEVEL:
+                    one = column[arm][0]
+                    sides[one.mean > 0].append(f"{titled(which, table)}, {part} ({one.signed})")
+        better, worse = ("; ".join(side) or "nowhere" for side in (sides[True], sides[False]))
+        lines.append(f"- {default}: the other is significantly better {better}, worse {worse}.")
+    return "\n".join(lines)
+
+
 def choices_text(choices: dict[str, Any]) -> str:
     """The choices, with what they were read off."""
     words = {
@@ -263,6 +288,7 @@ def write(result: dict[str, Any], output: Path) -> None:
         versions=", ".join(f"{name} {value}" for name, value in result["versions"].items()),
         commits=", ".join(sorted({cell["commit"][:12] for cell in result["cells"]})),
         verdicts=verdicts(found),
+        defaults=defaults(found),
         pairs=pair_table(found),
         sections="\n".join(section(which, table) for which, table in found.items()),
     )
@@ -350,6 +376,12 @@ column, not over all columns. Only seeds of which every arm is finished are coun
 ## What is significant
 
 {verdicts}
+
+## The library's defaults
+
+A default would follow an alternative that is better; a table that lacks one of the two says nothing of it.
+
+{defaults}
 
 ## Moments kept or forgotten, and the other knobs
 

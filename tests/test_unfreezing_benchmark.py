@@ -9,6 +9,7 @@ import pytest
 import torch
 import unfreezing
 import unfreezing_arms
+import unfreezing_report
 import unfreezing_statistics as statistics
 from scipy import stats  # type: ignore[import-untyped]
 from torch import Tensor
@@ -73,6 +74,27 @@ def test_reaching_counts_steps_up_to_the_first_time() -> None:
     cell = {"validation": {"1": 0.2, "3": 0.5, "5": 0.4}, "seconds": [1.0] * 6, "steps_per_epoch": 7}
     assert statistics.reach(cell, 50.0) == (28, 4.0)
     assert statistics.reach(cell, 51.0) == (math.inf, math.inf)
+
+
+def test_a_better_alternative_to_a_default_is_told() -> None:
+    """What is significantly better than the default is named with its table and part; what is not, is not."""
+
+    def cells(*finals: float) -> list[dict]:
+        return [
+            {
+                "run": {"epochs": 10, "seed": seed},
+                "test": {"9": value / 100},
+                "shifted": {"noise": 0.3 + seed / 100, "blur": 0.4},
+                "steps_per_epoch": 20,
+            }
+            for seed, value in enumerate(finals)
+        ]
+
+    table = {"kept": cells(40, 50, 45), "cleared": cells(42, 52.1, 46.9), "warmup": cells(40, 49, 47)}
+    moments, *others = unfreezing_report.defaults({(10, "cosine"): table}).splitlines()
+    where = "short, 200 steps, cosine, 3 seeds, test (+2.0 ± 0.2)"
+    assert moments == f"- moments are kept: the other is significantly better {where}, worse nowhere."
+    assert all(line.endswith(": the other is significantly better nowhere, worse nowhere.") for line in others)
 
 
 def test_clearing_in_place_is_re_creating() -> None:
