@@ -325,8 +325,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         networks = {"efficientnet-b0 Unet, 32 pixels, batch 2": (lambda: Training.of(unet(), 32, 2), 2, ["fused"])}
     else:
         networks = {
-            "efficientnet-b0 Unet, 96 pixels, batch 4": (lambda: Training.of(unet(), 96, 4), 7, [*IMPLEMENTATIONS]),
-            "ViT-B, 112 pixels, batch 1": (lambda: Training.of(vit(112), 112, 1), 3, [*IMPLEMENTATIONS]),
+            "efficientnet-b0 Unet, 96 pixels, batch 4": (lambda: Training.of(unet(), 96, 4), 11, [*IMPLEMENTATIONS]),
+            "ViT-B, 112 pixels, batch 1": (lambda: Training.of(vit(112), 112, 1), 7, [*IMPLEMENTATIONS]),
         }
     rows: dict[str, list[dict[str, Any]]] = {}
     kept: dict[str, dict[str, dict[str, Spread]]] = {}
