@@ -83,6 +83,7 @@ def test_a_better_alternative_to_a_default_is_told() -> None:
         return [
             {
                 "run": {"epochs": 10, "seed": seed},
+                "validation": {"9": 0.5 + seed / 10},
                 "test": {"9": value / 100},
                 "shifted": {"noise": 0.3 + seed / 100, "blur": 0.4},
                 "steps_per_epoch": 20,
