@@ -207,6 +207,7 @@ def verdicts(found: dict[tuple[int, str], Table]) -> str:
                 "test": against(table, reference, final("test")),
                 "noise": against(table, reference, shifted("noise")),
                 "blur": against(table, reference, shifted("blur")),
+                "loss after transitions (lower is better)": against(table, reference, loss_ratio),
             }
             for part, column in columns.items():
                 if not column:
@@ -221,7 +222,7 @@ def verdicts(found: dict[tuple[int, str], Table]) -> str:
                     f"- {titled(which, table)}, {part} against *{ARMS[reference].text}*: "
                     + (f"significant: {'; '.join(sure)}. " if sure else "nothing is significant. ")
                     + f"{len(column) - len(sure)} of {len(column)} comparisons are not; the widest interval is "
-                    f"± {widest:.1f} points."
+                    f"± {widest:.1f} {'points' if 'loss' not in part else '%'}."
                 )
     return "\n".join(lines)
 
