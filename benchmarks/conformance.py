@@ -21,6 +21,7 @@ from typing import Any
 import optimizers_matrix as optimizers
 import schedulers_matrix as schedulers
 import torch
+from measuring import as_markdown
 from torch import nn
 
 HERE = Path(__file__).parent
@@ -143,7 +144,7 @@ rates, momenta and the schedulers' own states, for the common ways the rates alo
 
 {counts(of_schedulers)}
 
-{schedulers.as_markdown(of_schedulers)}
+{as_markdown(of_schedulers)}
 
 ## Optimizers
 
@@ -154,7 +155,7 @@ joining parameters, or, where all parameters are coupled, with the run from the 
 
 {counts(of_optimizers)}
 
-{schedulers.as_markdown(of_optimizers)}
+{as_markdown(of_optimizers)}
 """
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "conformance.md").write_text(text)

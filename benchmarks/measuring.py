@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from schedulers_matrix import as_markdown
 
 HERE = Path(__file__).parent
 
@@ -117,9 +116,10 @@ def verdict(value: float, limit: float, *, at_least: bool = False) -> str:
     return "met" if (value >= limit if at_least else value <= limit) else "**missed**"
 
 
-def table(rows: Sequence[Mapping[str, object]]) -> str:
-    """A Markdown table."""
-    return as_markdown([{key: str(cell) for key, cell in row.items()} for row in rows])
+def as_markdown(rows: Sequence[Mapping[str, object]]) -> str:
+    """A Markdown table of rows with equal keys."""
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(map(str, row.values())) for row in rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def write(name: str, output: Path, result: Mapping[str, Any], text: str, draw: Callable[[Any], None]) -> None:

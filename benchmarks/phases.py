@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from measuring import Spread, in_turn, no_collection, parse, ratio, surroundings, table, write
+from measuring import Spread, as_markdown, in_turn, no_collection, parse, ratio, surroundings, write
 from networks import Training
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
@@ -229,7 +229,7 @@ def text_of(rows: dict[str, list[dict[str, Any]]], alone: dict[str, dict[str, An
             "them little."
         ),
         "## Targets",
-        table(goals),
+        as_markdown(goals),
     ]
     for name, own in rows.items():
         first, last = own[0], own[-1]
@@ -241,7 +241,7 @@ def text_of(rows: dict[str, list[dict[str, Any]]], alone: dict[str, dict[str, An
                 f"and keeps {sums[0] / sums[1]:.0%} of the memory (weights aside), {first['measured']['peak'] / last['measured']['peak']:.0%} "
                 "at its peak."
             ),
-            table([_cells(row) for row in own]),
+            as_markdown([_cells(row) for row in own]),
         ]
     return "\n\n".join(parts)
 

@@ -19,6 +19,7 @@ import timm.scheduler
 import timm.scheduler.wsd_lr
 import torch
 import transformers.optimization
+from measuring import as_markdown
 from torch import nn
 from torch.optim import lr_scheduler as lrs
 from torch.optim.swa_utils import SWALR
@@ -380,12 +381,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     print(as_markdown(rows(quick=parser.parse_args().quick)))
-
-
-def as_markdown(table: list[dict[str, str]]) -> str:
-    """A table of rows with equal keys."""
-    lines = [list(table[0]), ["---"] * len(table[0]), *(list(row.values()) for row in table)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 if __name__ == "__main__":

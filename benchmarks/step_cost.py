@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from measuring import Spread, in_turn, no_collection, parse, ratio, surroundings, table, verdict, write
+from measuring import Spread, as_markdown, in_turn, no_collection, parse, ratio, surroundings, verdict, write
 from networks import Training, unet, vit
 from torch.optim import AdamW, Optimizer
 
@@ -259,7 +259,7 @@ def text_of(rows: dict[str, list[dict[str, Any]]], kept: dict[str, dict[str, dic
             "brackets."
         ),
         "## Targets",
-        table(verdicts),
+        as_markdown(verdicts),
         (
             "The norms' cost by itself is that of `model.train()` on held norms less that of `model.train()` and `.eval()` on "
             "each by hand, once a step; a loop calls it once an epoch. The probe looks once, in the first step after a "
@@ -269,7 +269,7 @@ def text_of(rows: dict[str, list[dict[str, Any]]], kept: dict[str, dict[str, dic
     for name, own in rows.items():
         parts += [
             f"## {name}",
-            table(
+            as_markdown(
                 [
                     {
                         "AdamW": row["implementation"],

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import Spread, in_turn, no_collection, parse, ratio, surroundings, table, verdict, write
+from measuring import Spread, as_markdown, in_turn, no_collection, parse, ratio, surroundings, verdict, write
 from networks import NETWORKS
 from transition_arms import ARMS, FLOOR, Arm, Network, Setting, agreeing, survival
 
@@ -149,7 +149,7 @@ def targets(found: dict[int, dict[str, dict[str, Any]]]) -> list[dict[str, str]]
 
 def cells(rows: dict[str, dict[str, Any]]) -> str:
     """The table of one network."""
-    return table(
+    return as_markdown(
         [
             {
                 "arm": name,
@@ -165,7 +165,7 @@ def cells(rows: dict[str, dict[str, Any]]) -> str:
 
 def survives(rows: dict[str, dict[str, Any]]) -> str:
     keys = ("moments", "step counts", "LR schedule", "joined")
-    return table([{"arm": name, **{key: row[key] for key in keys}} for name, row in rows.items()])
+    return as_markdown([{"arm": name, **{key: row[key] for key in keys}} for name, row in rows.items()])
 
 
 def draw(
@@ -242,7 +242,7 @@ def publish(
             "`add_param_group`, which neither sets `requires_grad` nor tells the scheduler."
         ),
         "## Targets",
-        table(targets(found)),
+        as_markdown(targets(found)),
         (
             "At 2,000 tensors all lies in the processor's cache, where the floor is cheapest. What `apply` adds there is a "
             "look at each flag and each gradient, an assignment of each flag, and a fixed part, which is most of it for the "

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from schedulers_matrix import as_markdown
+from measuring import as_markdown
 from unfreezing_arms import ARMS, EVALUATIONS
 from unfreezing_statistics import (
     LEVEL,
