@@ -73,8 +73,11 @@ def parse(doc: str | None, argv: Sequence[str] | None) -> argparse.Namespace:
     """The arguments that all scripts have."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small sizes, few rounds: whether it runs, not how fast")
-    parser.add_argument("--output", type=Path, default=HERE / "results", help="folder for the JSON, .md and .png files")
-    return parser.parse_args(argv)
+    parser.add_argument("--output", type=Path, help="folder for the files (default: results; quick: runs/quick)")
+    args = parser.parse_args(argv)
+    # A look must not overwrite what is published.
+    args.output = args.output or (Path("runs/quick") if args.quick else HERE / "results")
+    return args
 
 
 def surroundings(*packages: str) -> dict[str, Any]:

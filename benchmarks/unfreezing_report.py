@@ -28,6 +28,7 @@ from unfreezing_statistics import (
     tables,
 )
 
+PARTS = {"test": final("test"), "noise": shifted("noise"), "blur": shifted("blur")}
 GUIDE = {"0 blocks": "0", "1-2": "+1 to +2", "3-4": "+2 to +3", "5-6": "+1 to +2", "7": "0 to +1", "in all": "+3 to +8"}
 
 
@@ -203,13 +204,10 @@ def verdicts(found: dict[tuple[int, str], Table]) -> str:
                 f"{gain.signed} on the test part, {where}."
             )
         for reference in ("frozen", "kept"):
-            columns = {
-                "test": against(table, reference, final("test")),
-                "noise": against(table, reference, shifted("noise")),
-                "blur": against(table, reference, shifted("blur")),
-                "loss after transitions (lower is better)": against(table, reference, loss_ratio),
-            }
-            for part, column in columns.items():
+            columns = {part: (measure, "points") for part, measure in PARTS.items()}
+            columns["loss after transitions (lower is better)"] = (loss_ratio, "%")
+            for part, (measure, unit) in columns.items():
+                column = against(table, reference, measure)
                 if not column:
                     continue
                 sure = [
@@ -222,7 +220,7 @@ def verdicts(found: dict[tuple[int, str], Table]) -> str:
                     f"- {titled(which, table)}, {part} against *{ARMS[reference].text}*: "
                     + (f"significant: {'; '.join(sure)}. " if sure else "nothing is significant. ")
                     + f"{len(column) - len(sure)} of {len(column)} comparisons are not; the widest interval is "
-                    f"± {widest:.1f} {'points' if 'loss' not in part else '%'}."
+                    f"± {widest:.1f} {unit}."
                 )
     return "\n".join(lines)
 
@@ -238,20 +236,19 @@ ALTERNATIVES = {
 
 def defaults(found: dict[tuple[int, str], Table]) -> str:
     """Where an alternative to one of the library's defaults is significantly better or worse than it."""
-    lines = []
-    for arm, default in ALTERNATIVES.items():
-        sides: dict[bool, list[str]] = {True: [], False: []}
-        for which, table in found.items():
-            measures = {part: final(part) for part in ("validation", "test")}
-            measures |= {kind: shifted(kind) for kind in ("noise", "blur")}
-            for part, measure in measures.items():
-                column = against(table, "kept", measure) if arm in table else {}
-                if column and column[arm][1] < LEVEL:
-                    one = column[arm][0]
-                    sides[one.mean > 0].append(f"{titled(which, table)}, {part} ({one.signed})")
-        better, worse = ("; ".join(side) or "nowhere" for side in (sides[True], sides[False]))
-        lines.append(f"- {default}: the other is significantly better {better}, worse {worse}.")
-    return "\n".join(lines)
+    better: dict[str, list[str]] = {arm: [] for arm in ALTERNATIVES}
+    worse: dict[str, list[str]] = {arm: [] for arm in ALTERNATIVES}
+    for which, table in found.items():
+        for part, measure in {"validation": final("validation"), **PARTS}.items():
+            for arm, (one, p) in against(table, "kept", measure).items():
+                if arm in ALTERNATIVES and p < LEVEL:
+                    side = better if one.mean > 0 else worse
+                    side[arm].append(f"{titled(which, table)}, {part} ({one.signed})")
+    return "\n".join(
+        f"- {default}: the other is significantly better {'; '.join(better[arm]) or 'nowhere'}, "
+        f"worse {'; '.join(worse[arm]) or 'nowhere'}."
+        for arm, default in ALTERNATIVES.items()
+    )
 
 
 def choices_text(choices: dict[str, Any]) -> str:
