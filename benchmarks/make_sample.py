@@ -1,4 +1,4 @@
-"""Makes the embedded sample, ``unfreeze_sched/distill/sample/sample.zip``, byte for byte the same each time.
+"""Makes the embedded sample, ``unfreeze_sched/distill/command/sample/sample.zip``, byte for byte the same each time.
 
 Emoji glyphs (Noto Color Emoji) are pasted on crops of scikit-image's bundled photographs. The two parts share no glyph,
 no group of look-alike glyphs and no photograph. Run it with the ``dev`` extra and Debian's ``fonts-noto-color-emoji``:

@@ -13,7 +13,7 @@ from torch import nn
 
 from unfreeze_sched import LARGE, MEDIUM, SMALL, Block, ProgressiveUnfreezer, encoder_blocks
 from unfreeze_sched.arguments import add_unfreeze_arguments, preset_from, unfreezer_from_args
-from unfreeze_sched.freezing import norms_of
+from unfreeze_sched.model.freezing import norms_of
 
 FLAGS = [
     *("progressive_unfreeze", "preset", "unfreeze_start", "unfreeze_rate", "learning_rate_scale"),

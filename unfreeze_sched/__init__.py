@@ -10,18 +10,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from unfreeze_sched.blocks import Block, encoder_blocks
-    from unfreeze_sched.presets import (
+    from unfreeze_sched.model import Block, encoder_blocks
+    from unfreeze_sched.optimizer import GroupChange, OptimizerRebuilder
+    from unfreeze_sched.schedule import (
         LARGE,
         MEDIUM,
         SMALL,
         FractionPreset,
         MilestonePreset,
         RatePreset,
+        UnfreezeSchedule,
         preset_for,
     )
-    from unfreeze_sched.rebuilder import GroupChange, OptimizerRebuilder
-    from unfreeze_sched.schedule import UnfreezeSchedule
     from unfreeze_sched.unfreezer import ProgressiveUnfreezer
 
 __all__ = [
@@ -40,24 +40,20 @@ __all__ = [
     "preset_for",
 ]
 
-_MODULES = {
-    **dict.fromkeys(("Block", "encoder_blocks"), "blocks"),
-    **dict.fromkeys(
-        ("LARGE", "MEDIUM", "SMALL", "FractionPreset", "MilestonePreset", "RatePreset", "preset_for"), "presets"
-    ),
-    **dict.fromkeys(("GroupChange", "OptimizerRebuilder"), "rebuilder"),
-    "UnfreezeSchedule": "schedule",
-    "ProgressiveUnfreezer": "unfreezer",
+_ROOMS = {
+    "model": ("Block", "encoder_blocks"),
+    "optimizer": ("GroupChange", "OptimizerRebuilder"),
+    "unfreezer": ("ProgressiveUnfreezer",),
 }
-
+_ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())  # silent by default
 
 
 def __getattr__(name: str) -> object:
-    if name not in _MODULES:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    value = getattr(import_module(f"{__name__}.{_ROOM_OF.get(name, 'schedule')}"), name)
     globals()[name] = value
     return value
 

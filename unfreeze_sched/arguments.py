@@ -11,18 +11,14 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pydantic import ValidationError
-
-from unfreeze_sched.presets import LARGE, MEDIUM, SMALL, RatePreset, preset_for
+from unfreeze_sched.schedule import PRESETS, MilestonePreset, RatePreset, UnfreezeSchedule, preset_for
 
 if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
-    from unfreeze_sched.blocks import Block
+    from unfreeze_sched.model import Block
     from unfreeze_sched.unfreezer import ProgressiveUnfreezer
-
-PRESETS = {"small": SMALL, "medium": MEDIUM, "large": LARGE}
 
 IMPLIES = "any --preset or --unfreeze_* flag unfreezes progressively; without one the encoder trains from epoch 0"
 
@@ -282,9 +278,8 @@ def unfreezer_from_args(
     """
     from torch import nn  # noqa: PLC0415  # the parser needs none of it
 
-    from unfreeze_sched.blocks import encoder_blocks, validate_blocks  # noqa: PLC0415  # likewise
-    from unfreeze_sched.presets import MilestonePreset  # noqa: PLC0415  # likewise
-    from unfreeze_sched.schedule import UnfreezeSchedule  # noqa: PLC0415  # likewise
+    from unfreeze_sched.model import encoder_blocks  # noqa: PLC0415  # likewise
+    from unfreeze_sched.model.block import validate_blocks  # noqa: PLC0415  # likewise
     from unfreeze_sched.unfreezer import ProgressiveUnfreezer  # noqa: PLC0415  # likewise
 
     preset: RatePreset | MilestonePreset | None = preset_from(args, n_images)
@@ -300,14 +295,6 @@ def unfreezer_from_args(
             # Full fine-tuning at one rate is what a script without the flags does; nobody asked for a lower one.
             warnings.filterwarnings("ignore", message="`learning_rate_scale` should be below 1")
         return ProgressiveUnfreezer(blocks, optimizer, schedule, lr_schedulers, **{**keywords, **given})
-
-
-def one_line(error: ValidationError) -> str:
-    """What pydantic says of the first field that it refused."""
-    first = error.errors()[0]
-    if first["type"] == "missing":
-        return f"`{first['loc'][-1]}` must be given, got none; add it"
-    return first["msg"].removeprefix("Value error, ")
 
 
 def _shown(text: str) -> str:

@@ -10,8 +10,8 @@ from typing import NoReturn
 
 from pydantic import ValidationError
 
-from unfreeze_sched.arguments import one_line
-from unfreeze_sched.distill.arguments import add_arguments as add_distill_arguments
+from unfreeze_sched._checks import one_line
+from unfreeze_sched.distill.command.arguments import add_arguments as add_distill_arguments
 from unfreeze_sched.plan.command import add_arguments as add_plan_arguments
 from unfreeze_sched.plan.command import run as plan
 
@@ -73,7 +73,7 @@ def _speaks() -> bool:
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return True
     try:
-        from unfreeze_sched.distill.ranks import first_to_fail  # noqa: PLC0415  # needs torch
+        from unfreeze_sched.distill.command.ranks import first_to_fail  # noqa: PLC0415  # needs torch
     except ModuleNotFoundError:
         return True
     return first_to_fail()
@@ -81,7 +81,7 @@ def _speaks() -> bool:
 
 def _distill(args: argparse.Namespace) -> None:
     try:
-        from unfreeze_sched.distill.command import run  # noqa: PLC0415  # an extra, and torch, on use alone
+        from unfreeze_sched.distill.command.run import run  # noqa: PLC0415  # an extra, and torch, on use alone
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"`distill` needs {error.name}, which is not installed; pip install 'unfreeze-sched[distill]'"

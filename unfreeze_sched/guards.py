@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import copy
+import logging
+import math
+import sys
 from collections.abc import Mapping
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, Self, get_args, runtime_checkable
 
-from pydantic import NonNegativeInt, model_validator
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, model_validator
 
-from unfreeze_sched._fields import as_count
-from unfreeze_sched._follower import Follower, Mode, State, log, speaks
+from unfreeze_sched import parallel
+from unfreeze_sched._checks import as_count, as_float, as_state, one_of
+
+Mode = Literal["min", "max"]
+
+log = logging.getLogger("unfreeze_sched")
 
 
 @runtime_checkable
@@ -37,7 +44,122 @@ class Cap(Protocol):
         """Go on from a saved state; nothing changes when it is refused."""
 
 
-class _GuardState(State):
+class _State(BaseModel):
+    """What changes, of JSON's types alone."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    mode: Mode
+    number: NonNegativeInt | None = None  # blocks now unfrozen; None before the first `follow`
+    total: PositiveInt | None = None
+    last: float | None = None  # the last check; None: none yet, or no finite one
+    best: float | None = None  # since the last transition, the check just before it included
+    count: NonNegativeInt = 0  # consecutive checks that count towards `patience`
+
+    @model_validator(mode="after")
+    def _number_within_total(self) -> Self:
+        if (self.number is None) != (self.total is None) or (self.number or 0) > (self.total or 0):
+            raise ValueError(f"number={self.number} of total={self.total}")
+        return self
+
+
+class _Follower:
+    """What guard and trigger share: the settings, the checks since the last transition, the state."""
+
+    _Kind: ClassVar[type[_State]]
+    _state: _State
+
+    def __init__(self, patience: int, mode: Mode, min_delta: float) -> None:
+        self.patience = as_count(patience, "patience", minimum=1, fix="it is a number of checks, such as 3")
+        self.mode: Mode = one_of(mode, "mode", get_args(Mode))
+        self.min_delta = as_float(min_delta, "min_delta", fix="0.0 counts any difference")
+        if not 0 <= self.min_delta < math.inf:
+            raise ValueError(f"`min_delta` must be finite and at least 0, got {min_delta!r}; 0.0 counts any difference")
+
+    def follow(self, number: int, total: int) -> None:
+        """Take note of the number of blocks now unfrozen; another number than before is a transition.
+
+        Args:
+            number: Blocks now unfrozen, counted from the deep end, from 0 to `total`, both inclusive.
+            total: Blocks of the encoder, at least 1.
+
+        Raises:
+            TypeError: A number is no integer.
+            ValueError: A number is out of range, or `total` is not that of earlier calls.
+        """
+        number = as_count(number, "number", minimum=0, fix="it is the number of unfrozen blocks")
+        total = as_count(total, "total", minimum=1, fix="count the encoder's blocks")
+        if number > total:
+            raise ValueError(f"`number` must be at most `total`, {total}, got {number}; count unfrozen blocks alone")
+        state = self._state
+        if state.total not in {None, total}:
+            raise ValueError(
+                f"`total` must stay {state.total}, got {total}; make a {type(self).__name__} for each unfreezer"
+            )
+        if number != state.number:
+            state.number, state.total = number, total
+            state.best, state.count = state.last, 0
+
+    def step(self, metric: float) -> None:
+        """Take a check into account.
+
+        Args:
+            metric: A number, a one-element tensor or a NumPy scalar. In a parallel run every rank calls this, and the
+                metric of rank 0 decides on all.
+
+        Raises:
+            TypeError: `metric` is no number.
+        """
+        metric = parallel.agreed(as_float(metric, "metric", fix="pass one number, such as loss.item()"))
+        self._take(self._as_check(metric), metric)
+
+    def _take(self, check: float | None, metric: float) -> None:
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that changes, of JSON's types alone; of the settings `mode`, to be compared."""
+        return self._state.model_dump()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from a saved state, with this object's `patience` and `min_delta`.
+
+        Args:
+            state_dict: What `state_dict` gave, possibly by way of JSON or `torch.save`.
+
+        Raises:
+            TypeError: `state_dict` is no mapping.
+            ValueError: It is of another kind or mode, or has been tampered with; nothing has changed.
+        """
+        self._state = self._validated(state_dict)
+
+    def _validated(self, state_dict: Mapping[str, Any]) -> Any:
+        name = type(self).__name__
+        state = as_state(self._Kind, state_dict, name)
+        if state.mode != self.mode:
+            raise ValueError(
+                f"`state_dict` must be of mode {self.mode!r}, got {state.mode!r}; make the {name} with that mode"
+            )
+        return state
+
+    def _as_check(self, metric: float) -> float | None:
+        """None for NaN and for the infinity at the wrong end; JSON has no infinities, so the other one is clamped."""
+        if math.isnan(metric) or metric == (math.inf if self.mode == "min" else -math.inf):
+            return None
+        return max(-sys.float_info.max, min(sys.float_info.max, metric))
+
+    def _gain(self, check: float | None, best: float | None) -> float:
+        """By how much a check is better than the best; None is infinitely worse than anything, even than None."""
+        if check is None:
+            return -math.inf
+        if best is None:
+            return math.inf
+        return best - check if self.mode == "min" else check - best
+
+    def _rule(self) -> str:
+        return f"mode={self.mode!r}, min_delta={self.min_delta:g}"
+
+
+class _GuardState(_State):
     cap: NonNegativeInt | None = None
     reason: str = ""
     kept: float | None = None  # the check that the kept weights belong to
@@ -51,11 +173,11 @@ class _GuardState(State):
         return self
 
 
-class _TriggerState(State):
+class _TriggerState(_State):
     cap: NonNegativeInt
 
 
-class OverfitGuard(Follower):
+class OverfitGuard(_Follower):
     """A brake: unfreezes no further once a validation metric has got worse since the last transition.
 
     The reference is the best check since the last transition, the check just before it included. When `patience`
@@ -150,7 +272,7 @@ class OverfitGuard(Follower):
             reason += "; no check was finite, so no weights are restored"
         self._weights = state.kept = None
         state.cap, state.reason = state.number, reason
-        if speaks():
+        if parallel.speaks():
             log.warning("OverfitGuard: %s", reason)
 
     def state_dict(self) -> dict[str, Any]:
@@ -197,7 +319,7 @@ class OverfitGuard(Follower):
         self._state, self._weights = state, weights
 
 
-class PlateauTrigger(Follower):
+class PlateauTrigger(_Follower):
     """A trigger: allows the next block when the metric has stopped improving, the schedule being the upper bound.
 
     `cap` begins at `start` blocks and rises by one when `patience` consecutive checks have not improved on the best
@@ -267,7 +389,7 @@ class PlateauTrigger(Follower):
             return
         state.count += 1
         if state.count >= self.patience:
-            if speaks():
+            if parallel.speaks():
                 log.info(
                     "PlateauTrigger: block %d of %d may join, no longer %s", state.cap + 1, state.total, self.reason
                 )

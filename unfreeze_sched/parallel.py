@@ -1,29 +1,45 @@
-"""Unfreezing on several ranks: what an engine does not cover is noticed, and DDP is wrapped anew."""
+"""Unfreezing on several ranks: whether there are any, what they agree upon, and a DDP wrapped anew."""
 
 from __future__ import annotations
 
-import math
+import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import distributed, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
-
-from unfreeze_sched.blocks import Block
-from unfreeze_sched.optimizers import layers
-
-# Norms of equal gradients may differ in their last bits on ranks with unlike hardware; those of other batches differ
-# by far more.
-_RELATIVE_TOLERANCE = 1e-9
+if TYPE_CHECKING:
+    from torch.nn.parallel import DistributedDataParallel
+    from torch.optim import Optimizer
 
 
-def world_size() -> int:
-    """Number of ranks; 1 where no process group is up."""
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+def process_group() -> Any | None:
+    """torch.distributed where a process group of several ranks is up, else None; torch is not imported for it."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return None
+    return distributed if distributed.get_world_size() > 1 else None
+
+
+def agreed(value: Any) -> Any:
+    """Rank 0's value, on every rank: a decision that differed would unfreeze other blocks on each."""
+    group = process_group()
+    if group is None:
+        return value
+    values = [value]
+    group.broadcast_object_list(values, src=0)  # on the device that the backend wants
+    return values[0]
+
+
+def speaks() -> bool:
+    """Whether this process logs: the only one, or rank 0."""
+    group = process_group()
+    return group is None or group.get_rank() == 0
+
+
+def is_launched_alone() -> bool:
+    """Whether this process was started alone, and not by torchrun as one of several; asked before a group is up."""
+    return os.environ.get("WORLD_SIZE", "1") == "1"
 
 
 def rewrap_ddp(ddp: DistributedDataParallel) -> DistributedDataParallel:
@@ -51,6 +67,8 @@ def rewrap_ddp(ddp: DistributedDataParallel) -> DistributedDataParallel:
             ddp = rewrap_ddp(ddp)
         ```
     """
+    from torch.nn.parallel import DistributedDataParallel  # noqa: PLC0415  # guards ask for ranks without torch
+
     if not isinstance(ddp, DistributedDataParallel):
         raise TypeError(f"`ddp` must be a DistributedDataParallel, got {type(ddp).__name__}; pass the wrapped model")
     for argument, given in (
@@ -98,7 +116,8 @@ def all_trainable(optimizer: Optimizer) -> Iterator[None]:
         optimizer: The live optimizer.
 
     Example:
-        >>> weight = nn.Parameter(torch.ones(1), requires_grad=False)
+        >>> import torch
+        >>> weight = torch.nn.Parameter(torch.ones(1), requires_grad=False)
         >>> with all_trainable(torch.optim.SGD([weight])):
         ...     print(weight.requires_grad)
         True
@@ -113,84 +132,3 @@ def all_trainable(optimizer: Optimizer) -> Iterator[None]:
     finally:
         for parameter in frozen:
             parameter.requires_grad = False
-
-
-def differing_gradients(named: Mapping[str, nn.Parameter]) -> tuple[list[str], bool]:
-    """Compare gradients across ranks by their norms; a collective call.
-
-    Args:
-        named: The same parameters, in the same order, on all ranks. Sharded ones are left out: each rank has its own.
-
-    Returns:
-        The names of those that differ, and whether any gradient is other than zero on any rank.
-    """
-    whole = {name: parameter for name, parameter in named.items() if not _is_sharded(parameter)}
-    if not whole:
-        return [], True
-    device = next(iter(whole.values())).device
-    norms = torch.stack([_norm(parameter.grad, device) for parameter in whole.values()])
-    extremes = torch.cat([norms, -norms])
-    distributed.all_reduce(extremes, op=distributed.ReduceOp.MAX)
-    highest, lowest = extremes[: len(whole)].tolist(), (-extremes[len(whole) :]).tolist()
-    return (
-        [
-            name
-            for name, high, low in zip(whole, highest, lowest, strict=True)
-            if not math.isclose(high, low, rel_tol=_RELATIVE_TOLERANCE)
-        ],
-        any(highest),
-    )
-
-
-def refuse_engine(optimizer: Any, blocks: Iterable[Block]) -> None:
-    """Refuse engines that cannot take further parameters once they run.
-
-    Args:
-        optimizer: The live optimizer.
-        blocks: The blocks.
-
-    Raises:
-        ValueError: DeepSpeed, or FSDP1 without the original parameters.
-    """
-    for layer in layers(optimizer) if isinstance(optimizer, Optimizer) else (optimizer,):
-        if type(layer).__module__.partition(".")[0] == "deepspeed":
-            raise ValueError(
-                f"`optimizer` must take further param groups, got DeepSpeed's {type(layer).__name__}, which lays all "
-                "parameters out when it is made; use DDP, or FSDP2's fully_shard"
-            )
-    for block in blocks:
-        named = tuple(block.named_parameters())
-        if not named:
-            raise ValueError(
-                f"`blocks` must hold the model's own parameters, got {block.name!r}, whose modules hold none any more; "
-                "if FSDP took them, pass use_orig_params=True to FullyShardedDataParallel, or use fully_shard"
-            )
-        for name, parameter in named:
-            if hasattr(parameter, "ds_id"):
-                raise ValueError(
-                    f"`blocks` must hold parameters that can join later, got {name}, which DeepSpeed partitions; "
-                    "use DDP, or FSDP2's fully_shard"
-                )
-            if getattr(parameter, "_is_flat_param", False):
-                raise ValueError(
-                    f"`blocks` must hold the model's own parameters, got {name}, which FSDP made of several; "
-                    "pass use_orig_params=True to FullyShardedDataParallel, or use fully_shard"
-                )
-
-
-def _norm(gradient: torch.Tensor | None, device: torch.device) -> torch.Tensor:
-    """The gradient's 2-norm in double precision; 0 for none, -1 for one that is not finite."""
-    if gradient is None:
-        return torch.zeros((), dtype=torch.float64, device=device)
-    values = gradient.detach()
-    if values.is_sparse:
-        values = values.coalesce().values()
-    norm = torch.linalg.vector_norm(values, dtype=torch.complex128 if values.is_complex() else torch.float64).real
-    return torch.where(torch.isfinite(norm), norm, -torch.ones_like(norm)).to(device, torch.float64)
-
-
-def _is_sharded(parameter: nn.Parameter) -> bool:
-    tensor = sys.modules.get("torch.distributed.tensor")  # not loaded, not used
-    return (tensor is not None and isinstance(parameter, tensor.DTensor)) or getattr(
-        parameter, "_fsdp_flattened", False
-    )

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import logging
 import math
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain
-from typing import Any, get_args
+from typing import Annotated, Any, Self, get_args
 
+from pydantic import BaseModel, Field, model_validator
 from torch import nn
 from torch.optim import Optimizer
 
-from unfreeze_sched._saved import differences, short
-from unfreeze_sched.blocks import Block, validate_blocks
-from unfreeze_sched.freezing import Norms, drop_gradients, hold_in_eval, norms_of, release, set_requires_grad
+from unfreeze_sched._checks import as_count, as_state, differences, listed, one_of, short, warn
 from unfreeze_sched.guards import Cap
 from unfreeze_sched.history import History, Transition
-from unfreeze_sched.optimizers import why_no_rate
-from unfreeze_sched.parts import Overrides
-from unfreeze_sched.probe import Probe
-from unfreeze_sched.rebuilder import UNCHANGED, GroupChange, Membership, OnRefreeze, OptimizerRebuilder
-from unfreeze_sched.schedule import UnfreezeSchedule
+from unfreeze_sched.model import Block
+from unfreeze_sched.model.freezing import Norms, drop_gradients, hold_in_eval, norms_of, release, set_requires_grad
+from unfreeze_sched.optimizer import GroupChange, OptimizerRebuilder, admission
+from unfreeze_sched.optimizer.groups import take_out, why_no_rate
+from unfreeze_sched.optimizer.rebuilder import UNCHANGED, Membership, OnRefreeze
+from unfreeze_sched.optimizer.subsets import Overrides
+from unfreeze_sched.optimizer.watch import Probe
+from unfreeze_sched.schedule import MEDIUM, Preset, UnfreezeSchedule
 
 log = logging.getLogger("unfreeze_sched")
 
@@ -94,57 +94,153 @@ class ProgressiveUnfreezer:
     ) -> None:
         if not isinstance(schedule, UnfreezeSchedule):
             raise TypeError(f"`schedule` must be an UnfreezeSchedule, got {type(schedule).__name__}; make one")
-        if norms not in get_args(Norms):
-            raise ValueError(
-                f"`norms` must be one of {', '.join(get_args(Norms))}, got {norms!r}; 'eval' is the default"
-            )
-        scale = schedule.preset.learning_rate_scale if learning_rate_scale is None else learning_rate_scale
-        blocks = validate_blocks(blocks)
-        if len(blocks) != schedule.total_blocks:
+        self.schedule = schedule
+        self.norms: Norms = one_of(norms, "norms", get_args(Norms))
+        self.caps = _checked_caps(caps)
+        self.history = History()
+        blocks = tuple(blocks) if isinstance(blocks, Iterable) else blocks  # the rebuilder refuses what is none
+        if isinstance(blocks, tuple) and blocks and len(blocks) != schedule.total_blocks:
             raise ValueError(
                 f"`schedule` must be for the {len(blocks)} blocks given, got total_blocks={schedule.total_blocks}; "
                 "pass total_blocks=len(blocks)"
             )
-        given = caps if isinstance(caps, (list, tuple)) else [caps]
-        strange = [type(cap).__name__ for cap in given if not isinstance(cap, Cap)]
-        if strange or given is not caps:
-            raise TypeError(
-                "`caps` must be a sequence of guards and triggers, got "
-                f"{(strange or [type(caps).__name__])[0]}; pass caps=[OverfitGuard()]"
-            )
-        self.schedule = schedule
-        self.norms = norms
-        self.caps = tuple(caps)
-        self.history = History()
+        scale = schedule.preset.learning_rate_scale if learning_rate_scale is None else learning_rate_scale
         self.rebuilder = OptimizerRebuilder(
             optimizer,
             blocks,
             lr_schedulers,
-            scale,
-            layer_decay,
-            template,
-            on_refreeze,
-            membership,
-            no_decay,
-            warmup_steps,
-            probe,
+            learning_rate_scale=scale,
+            layer_decay=layer_decay,
+            template=template,
+            on_refreeze=on_refreeze,
+            membership=membership,
+            no_decay=no_decay,
+            warmup_steps=warmup_steps,
+            probe=probe,
         )
+        self.blocks = self.rebuilder.blocks
         if scale == 1 and why_no_rate(optimizer, optimizer.param_groups[template]) is None:
-            warnings.warn(
+            warn(
                 "`learning_rate_scale` should be below 1, got 1: at the head's learning rate the encoder's pretrained "
-                "features are overwritten before the head can use them; pass 0.1",
-                UserWarning,
-                stacklevel=2,
+                "features are overwritten before the head can use them; pass 0.1"
             )
-        self._norms = tuple(norms_of(block) for block in blocks)
-        self._applied: tuple[int, int] | None = None
+        self._norms = tuple(norms_of(block) for block in self.blocks)
+        self._applied: tuple[int, int] | None = None  # the numbers of blocks unfrozen, and reached
         self._seen_groups: list[dict[str, Any]] | None = None
         self._seen_length = 0
 
-    @property
-    def blocks(self) -> tuple[Block, ...]:
-        """The blocks, shallow to deep."""
-        return self.rebuilder.blocks
+    @classmethod
+    def from_model(
+        cls,
+        model: nn.Module,
+        optimizer: Optimizer,
+        total_epochs: int,
+        lr_schedulers: Sequence[Any] | None = (),
+        preset: Preset = MEDIUM,
+        head: Iterable[nn.Module | nn.Parameter] | Optimizer | None = None,
+        blocks: Iterable[Block] | None = None,
+        learning_rate_scale: float | None = None,
+        layer_decay: float = 1.0,
+        template: int = 0,
+        on_refreeze: OnRefreeze = "keep",
+        membership: Membership = "late",
+        no_decay: bool | Overrides = False,
+        warmup_steps: int = 0,
+        norms: Norms = "eval",
+        probe: Probe = "ranks",
+        caps: Sequence[Cap] = (),
+    ) -> Self:
+        """An unfreezer for a loop that has its model, optimizer and LR schedulers already.
+
+        The optimizer may hold the whole model: the blocks' parameters are taken out, in place, and each block joins
+        again in its turn. Call it before training, and before DDP wraps the model.
+
+        Args:
+            model: The bare model, not wrapped.
+            optimizer: The live optimizer, of all parameters or of the head's.
+            total_epochs: Number of epochs of the run, at least 1.
+            lr_schedulers: All the LR schedulers of the optimizer; None says that there is none.
+            preset: When blocks are unfrozen.
+            head: What trains from the start, as for `encoder_blocks`.
+            blocks: The blocks, shallow to deep; None takes `encoder_blocks(model, head=head)`.
+            learning_rate_scale: As for the constructor, like the rest.
+            layer_decay: In (0, 1].
+            template: 0-based.
+            on_refreeze: `"keep"` or `"drop"`.
+            membership: `"late"` or `"declared"`.
+            no_decay: False, True, or a function of name and parameter.
+            warmup_steps: At least 0.
+            norms: `"eval"`, `"frozen"` or `"train"`.
+            probe: `"ranks"`, `"local"` or `"off"`.
+            caps: Guards and triggers.
+
+        Returns:
+            The unfreezer; call its `apply(epoch)` before each epoch.
+
+        Raises:
+            TypeError: An argument of the wrong type.
+            ValueError: An argument out of range, or an optimizer with a group of blocks alone at a rate of its own.
+
+        Example:
+            >>> import torch
+            >>> net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+            >>> optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
+            >>> blocks = [Block("first", (net[0],))]
+            >>> unfreezer = ProgressiveUnfreezer.from_model(net, optimizer, total_epochs=50, blocks=blocks)
+            >>> [len(group["params"]) for group in optimizer.param_groups]
+            [2]
+            >>> unfreezer.apply(10).added
+            ('first/weight', 'first/bias')
+        """
+        from unfreeze_sched.model import encoder_blocks  # noqa: PLC0415  # loads the tracer, which the rest needs not
+
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"`model` must be an nn.Module, got {type(model).__name__}; pass the bare model")
+        if not isinstance(preset, get_args(Preset)):
+            raise TypeError(f"`preset` must be a preset, got {type(preset).__name__}; pass MEDIUM, or a RatePreset")
+        total = as_count(total_epochs, "total_epochs", minimum=1, fix="it is the number of epochs, such as 50")
+        if blocks is not None and head is not None:
+            raise ValueError("`head` must be left out where blocks are given, got both; what is in no block is head")
+        blocks = encoder_blocks(model, head=head) if blocks is None else tuple(blocks)
+        return cls.taking_out(
+            blocks,
+            optimizer,
+            UnfreezeSchedule(preset=preset, total_blocks=len(blocks), total_epochs=total),
+            lr_schedulers=lr_schedulers,
+            learning_rate_scale=learning_rate_scale,
+            layer_decay=layer_decay,
+            template=template,
+            on_refreeze=on_refreeze,
+            membership=membership,
+            no_decay=no_decay,
+            warmup_steps=warmup_steps,
+            norms=norms,
+            probe=probe,
+            caps=caps,
+        )
+
+    @classmethod
+    def taking_out(
+        cls, blocks: Sequence[Block], optimizer: Optimizer, schedule: UnfreezeSchedule, **options: Any
+    ) -> Self:
+        """As the constructor, of an optimizer that may hold the blocks' parameters: they are taken out first.
+
+        Args:
+            blocks: The encoder's blocks, shallow to deep.
+            optimizer: The live optimizer; it is as it was where something is refused.
+            schedule: For these blocks.
+            **options: The constructor's further ones.
+        """
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"`optimizer` must be a torch optimizer, got {type(optimizer).__name__}; pass the live one")
+        parameters = [parameter for block in blocks for parameter in block.parameters()]
+        admission.refuse_loss(optimizer, parameters)
+        put_back = take_out(optimizer, parameters)
+        try:
+            return cls(blocks, optimizer, schedule, **options)
+        except BaseException:
+            put_back()
+            raise
 
     def apply(self, epoch: int) -> GroupChange:
         """Bring model, optimizer and LR schedulers to the state of an epoch; call it before the epoch is trained.
@@ -160,21 +256,85 @@ class ProgressiveUnfreezer:
             ValueError: `epoch` is negative, or the change is refused; then nothing has changed.
             RuntimeError: The model no longer holds a block's parameter, or an accumulation is not over; likewise.
         """
-        number, peak = self.schedule.progress_at(epoch)
+        number, reached = scheduled, _ = self.schedule.progress_at(epoch)
         if self.caps:
             # What the caps held back in the past, the schedule cannot tell.
-            number = min(number, *(cap.cap for cap in self.caps if cap.cap is not None), len(self.blocks))
-            peak = max(number, self._applied[1] if self._applied else 0)
-        if (number, peak) == self._applied and self._is_as_left() and self.rebuilder.owners.look_whole():
-            if not self.caps:
-                return UNCHANGED
+            number = min(scheduled, *(cap.cap for cap in self.caps if cap.cap is not None), len(self.blocks))
+            reached = max(number, self._applied[1] if self._applied else 0)
+        if (number, reached) != self._applied or not self._is_as_left():
+            change = self._bring_to(number, reached)
+        elif self.caps:
             change = UNCHANGED
         else:
-            change = self._bring_to(number, peak)
+            return UNCHANGED
         for cap in self.caps:
             cap.follow(number, len(self.blocks))
-        self._record(int(epoch), number)
+        self._record(int(epoch), number, scheduled)
         return change
+
+    def _is_as_left(self) -> bool:
+        """Whether the groups are those that the last call left, none added or loaded, and so are the parameters."""
+        groups = self.rebuilder.optimizer.param_groups
+        if groups is not self._seen_groups or len(groups) != self._seen_length:
+            return False
+        return self.rebuilder.owners.are_in_place()
+
+    def _bring_to(self, number: int, reached: int) -> GroupChange:
+        """Unfreeze the deepest `number` blocks and freeze the others; the deepest `reached` blocks get a group."""
+        visited = self._to_visit(number, reached)
+        shallowest = len(self.blocks) - number  # index of the first block that is to train
+        flipped: dict[int, list[nn.Parameter]] = {index: [] for index in visited}
+        with_gradient: list[nn.Parameter] = []
+        try:
+            for index, own in flipped.items():
+                for subset in self.rebuilder.subsets[index]:
+                    trains = index >= shallowest
+                    with_gradient += set_requires_grad(subset.parameters, requires_grad=trains, flipped=own)
+            change = self.rebuilder.sync_blocks(visited, reached, [index for index in visited if flipped[index]])
+        except BaseException:
+            for index, own in flipped.items():
+                for parameter in own:
+                    parameter.requires_grad = index < shallowest
+            raise
+        drop_gradients(with_gradient)
+        for index in visited:
+            if self.norms == "frozen" or (self.norms == "eval" and index < shallowest):
+                hold_in_eval(self._norms[index])
+            else:
+                release(self._norms[index])
+        groups = self.rebuilder.optimizer.param_groups
+        self._applied, self._seen_groups, self._seen_length = (number, reached), groups, len(groups)
+        return change
+
+    def _to_visit(self, number: int, reached: int) -> range:
+        """Indices of the blocks that may have to change, deepest first; all, where more than `apply` was at work.
+
+        Depth counts from the head, 0 being the deepest block, and is turned into an index here and nowhere else.
+        """
+        total = len(self.blocks)
+        depths = range(total)
+        if self._applied is not None and self._is_as_left():
+            before, reached_before = self._applied
+            depths = range(min(number, before), max(number, before, reached if reached > reached_before else 0))
+        return range(total - 1 - depths.start, total - 1 - depths.stop, -1)
+
+    def _record(self, epoch: int, number: int, scheduled: int) -> None:
+        """Note a change of the number, and the moment at which a cap begins to hold blocks back."""
+        last = self.history[-1] if self.history else None
+        binding = next((cap for cap in self.caps if cap.cap == number < scheduled), None)
+        holder = "" if binding is None else type(binding).__name__
+        if last is not None and last.number == number and (not holder or last.reason.startswith(holder)):
+            return
+        reason = "schedule"
+        if binding is not None:
+            rises = number > (last.number if last else 0)
+            reason = f"{holder}: " + ("the next block may join" if rises else binding.reason)
+        rates = self.rebuilder.learning_rates()
+        unfrozen = {block.name: rates.get(block.name, math.nan) for block in self.blocks[::-1][:number]}
+        if not all(map(math.isfinite, unfrozen.values())):
+            unfrozen = {}  # an optimizer without learning rates, or one gone astray, is no reason to stop here
+        self.history.add(Transition(epoch, number, len(self.blocks), unfrozen, reason))
+        log.info("epoch %d: %d of %d blocks are trainable (%s)", epoch, number, len(self.blocks), reason)
 
     def state_dict(self) -> dict[str, Any]:
         """What is needed to replay the groups in a new process: small, of JSON's types alone.
@@ -202,63 +362,44 @@ class ProgressiveUnfreezer:
             TypeError: `state_dict` is no mapping.
             ValueError: It belongs to another schedule, model or division into blocks; nothing has changed.
         """
-        numbers = self._checked(state_dict, strict)
+        saved = as_state(_Saved, state_dict, "ProgressiveUnfreezer")
+        self._refuse_other_run(saved, strict)
         before = self.history.state_dict(), [cap.state_dict() for cap in self.caps]
         try:
-            self.history.load_state_dict(state_dict["history"])
+            self.history.load_state_dict(saved.history)
             self._refuse_other_history()
-            for cap, saved in zip(self.caps, state_dict["caps"], strict=True):
-                cap.load_state_dict(saved)
-                if numbers:
-                    cap.follow(numbers[0], len(self.blocks))  # as it did when it was saved; refuses other blocks
-            if numbers:
-                self._bring_to(*numbers)
-        except Exception:
+            for cap, own in zip(self.caps, saved.caps, strict=True):
+                cap.load_state_dict(own)
+                if saved.applied:
+                    cap.follow(saved.applied[0], len(self.blocks))  # as it did when it was saved; refuses other blocks
+            if saved.applied:
+                self._bring_to(*saved.applied)
+        except BaseException:
             self.history.load_state_dict(before[0])
             for cap, own in zip(self.caps, before[1], strict=True):
                 cap.load_state_dict(own)
             raise
 
-    def _checked(self, state_dict: Mapping[str, Any], strict: bool) -> list[int]:
-        """Refuse the state of another run; the numbers of blocks to replay, none where `apply` was never called."""
-        if not isinstance(state_dict, Mapping):
-            raise TypeError(
-                f"`state_dict` must be a mapping, got {type(state_dict).__name__}; pass a saved state_dict()"
-            )
-        keys = self.state_dict().keys()
-        if set(state_dict) != keys:
-            got = ", ".join(map(short, state_dict)) or "none"
-            raise ValueError(
-                f"`state_dict` must have the keys {', '.join(keys)}, got {got}; "
-                "pass a saved state_dict() of an unfreezer"
-            )
-        found = list(differences("blocks", state_dict["blocks"], self._layout()))
+    def _refuse_other_run(self, saved: _Saved, strict: bool) -> None:
+        found = list(differences("blocks", saved.blocks, self._layout()))
         if strict:
-            found += differences("schedule", state_dict["schedule"], self.schedule.model_dump(mode="json"))
+            found += differences("schedule", saved.schedule, self.schedule.model_dump(mode="json"))
         if found:
             raise ValueError(
                 "`state_dict` must be of this schedule and these blocks, got "
-                + "; ".join(found[:5])
-                + (f"; and {len(found) - 5} more" if len(found) > 5 else "")  # noqa: PLR2004  # enough to see what it is
-                + "; rebuild what was saved"
+                f"{listed(found, most=5, separator='; ')}; rebuild what was saved"
             )
-        applied = state_dict["applied"]
         total = len(self.blocks)
-        numbers = list(applied) if isinstance(applied, (list, tuple)) else []
-        if applied is not None and (
-            [type(number) for number in numbers] != [int, int] or not 0 <= numbers[0] <= numbers[1] <= total
-        ):
+        if saved.applied and saved.applied[1] > total:
             raise ValueError(
-                f"`state_dict['applied']` must be two numbers of blocks from 0 to {total}, in ascending order, got "
-                f"{short(applied)}; pass a saved state_dict() as it is"
+                f"`state_dict['applied']` must be at most {total}, the number of blocks, got {saved.applied[1]}; "
+                "pass a saved state_dict() as it is"
             )
-        caps = state_dict["caps"]
-        if not isinstance(caps, (list, tuple)) or len(caps) != len(self.caps):
+        if len(saved.caps) != len(self.caps):
             raise ValueError(
-                f"`state_dict['caps']` must be the states of {len(self.caps)} caps, got {short(caps)}; "
+                f"`state_dict['caps']` must be the states of {len(self.caps)} caps, got {short(saved.caps)}; "
                 "pass the caps of the saved run"
             )
-        return numbers
 
     def _refuse_other_history(self) -> None:
         """Refuse a history that the next transition could not go on from."""
@@ -273,69 +414,36 @@ class ProgressiveUnfreezer:
     def _layout(self) -> dict[str, dict[str, list[int]]]:
         # In the order of the groups, since an optimizer's state is loaded by place: equal shapes would not tell.
         return {
-            block.name: {name: list(p.shape) for part in parts for name, p in part.named}
-            for block, parts in zip(self.blocks, self.rebuilder.parts, strict=True)
+            block.name: {name: list(parameter.shape) for subset in subsets for name, parameter in subset.named}
+            for block, subsets in zip(self.blocks, self.rebuilder.subsets, strict=True)
         }
 
-    def _is_as_left(self) -> bool:
-        """Whether the optimizer's groups are those that the last call left, and none was added or loaded since."""
-        groups = self.rebuilder.optimizer.param_groups
-        return groups is self._seen_groups and len(groups) == self._seen_length
 
-    def _bring_to(self, number: int, peak: int) -> GroupChange:
-        """Unfreeze the deepest `number` blocks and freeze the others; the deepest `peak` blocks get a group."""
-        rebuilder = self.rebuilder
-        total = len(self.blocks)
-        depths = range(total)  # 0 is the deepest block
-        if self._applied is not None and self._is_as_left() and rebuilder.owners.look_whole():
-            # All other blocks are as the last call left them.
-            before, peak_before = self._applied
-            depths = range(min(number, before), max(number, before, peak if peak > peak_before else 0))
-        indices = [total - 1 - depth for depth in depths]
-        thawing = [index for depth, index in zip(depths, indices, strict=True) if depth < number]
-        freezing = indices[len(thawing) :]
-        flipped: dict[int, list[nn.Parameter]] = {}
-        with_gradient: list[nn.Parameter] = []
-        for index in indices:
-            parameters = chain.from_iterable(part.parameters for part in rebuilder.parts[index])
-            changed, stale = set_requires_grad(parameters, requires_grad=index in thawing)
-            if changed:
-                flipped[index] = changed
-            with_gradient += stale
-        try:
-            if flipped:
-                rebuilder.accumulation.refuse_pending()
-            change = rebuilder.sync_blocks(indices, met=peak)
-        except Exception:
-            for parameter in chain(*flipped.values()):
-                parameter.requires_grad = not parameter.requires_grad
-            raise
-        drop_gradients(with_gradient)
-        for index in thawing:
-            if index in flipped:
-                rebuilder.first_step.watch(rebuilder.named[index])
-            (hold_in_eval if self.norms == "frozen" else release)(self._norms[index])
-        for index in freezing:
-            (release if self.norms == "train" else hold_in_eval)(self._norms[index])
-        groups = rebuilder.optimizer.param_groups
-        self._applied, self._seen_groups, self._seen_length = (number, peak), groups, len(groups)
-        return change
+_Number = Annotated[int, Field(strict=True, ge=0)]
 
-    def _record(self, epoch: int, number: int) -> None:
-        """Note a change of the number, and the moment at which a cap begins to hold blocks back."""
-        last = self.history[-1] if self.history else None
-        scheduled = self.schedule.blocks_at(epoch)
-        binding = next((cap for cap in self.caps if cap.cap == number < scheduled), None)
-        holder = "" if binding is None else type(binding).__name__
-        if last is not None and last.number == number and (not holder or last.reason.startswith(holder)):
-            return
-        reason = "schedule"
-        if binding is not None:
-            rises = number > (last.number if last else 0)
-            reason = f"{holder}: " + ("the next block may join" if rises else binding.reason)
-        rates = self.rebuilder.learning_rates()
-        unfrozen = {block.name: rates.get(block.name, math.nan) for block in self.blocks[::-1][:number]}
-        if not all(map(math.isfinite, unfrozen.values())):
-            unfrozen = {}  # an optimizer without learning rates, or one gone astray, is no reason to stop here
-        self.history.add(Transition(epoch, number, len(self.blocks), unfrozen, reason))
-        log.info("epoch %d: %d of %d blocks are trainable (%s)", epoch, number, len(self.blocks), reason)
+
+class _Saved(BaseModel):
+    """What `ProgressiveUnfreezer.state_dict` gives; most of it is looked at by its owners."""
+
+    schedule: Any
+    blocks: Any
+    applied: tuple[_Number, _Number] | None
+    history: Any
+    caps: list[Any]
+
+    @model_validator(mode="after")
+    def _no_more_than_reached(self) -> Self:
+        if self.applied and self.applied[0] > self.applied[1]:
+            raise ValueError(f"applied={list(self.applied)}")
+        return self
+
+
+def _checked_caps(caps: Sequence[Cap]) -> tuple[Cap, ...]:
+    given = caps if isinstance(caps, (list, tuple)) else [caps]
+    strange = [type(cap).__name__ for cap in given if not isinstance(cap, Cap)]
+    if strange or given is not caps:
+        raise TypeError(
+            "`caps` must be a sequence of guards and triggers, got "
+            f"{(strange or [type(caps).__name__])[0]}; pass caps=[OverfitGuard()]"
+        )
+    return tuple(caps)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from unfreeze_sched.distill.checkpoints import CheckpointError, refuse_misfits
-from unfreeze_sched.distill.data import IMAGENET_MEAN, IMAGENET_STD
+from unfreeze_sched.distill.command.data import IMAGENET_MEAN, IMAGENET_STD
 
 Normalisation = tuple[tuple[float, float, float], tuple[float, float, float]]
 

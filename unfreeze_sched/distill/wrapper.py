@@ -33,10 +33,10 @@ from unfreeze_sched import (
     UnfreezeSchedule,
     encoder_blocks,
 )
-from unfreeze_sched._fields import as_count
+from unfreeze_sched._checks import as_count
 from unfreeze_sched.distill.checkpoints import load_encoder_weights, load_segmentation_state
 from unfreeze_sched.distill.imagenet import has_imagenet_package, load_imagenet_weights
-from unfreeze_sched.freezing import freeze, unfreeze
+from unfreeze_sched.model.freezing import freeze, unfreeze
 
 PathLike = str | os.PathLike[str]
 

@@ -10,11 +10,10 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from unfreeze_sched.blocks import Block, encoder_blocks, validate_blocks
-from unfreeze_sched.optimizers import layers
-from unfreeze_sched.presets import FractionPreset, MilestonePreset, RatePreset
-from unfreeze_sched.rebuilder import BLOCK_KEY
-from unfreeze_sched.schedule import UnfreezeSchedule
+from unfreeze_sched.model import Block, encoder_blocks
+from unfreeze_sched.model.block import validate_blocks
+from unfreeze_sched.optimizer.groups import BLOCK_KEY, layers
+from unfreeze_sched.schedule import FractionPreset, MilestonePreset, RatePreset, UnfreezeSchedule
 from unfreeze_sched.unfreezer import ProgressiveUnfreezer
 
 Blocks = Iterable[Block] | Callable[[Any], Iterable[Block]]

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from unfreeze_sched._fields import as_count
-from unfreeze_sched.freezing import norms_of
+from unfreeze_sched._checks import as_count
 from unfreeze_sched.integrations._common import Blocks, Plan, Schedule
-from unfreeze_sched.optimizers import layers
+from unfreeze_sched.model.freezing import norms_of
+from unfreeze_sched.optimizer.groups import layers
 from unfreeze_sched.parallel import rewrap_ddp
 from unfreeze_sched.unfreezer import ProgressiveUnfreezer
 

@@ -8,9 +8,9 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from unfreeze_sched._fields import as_count
+from unfreeze_sched._checks import as_count
 from unfreeze_sched.integrations._common import Blocks, Plan
-from unfreeze_sched.presets import MEDIUM, FractionPreset, MilestonePreset, RatePreset
+from unfreeze_sched.schedule import MEDIUM, FractionPreset, MilestonePreset, RatePreset
 from unfreeze_sched.unfreezer import ProgressiveUnfreezer
 
 

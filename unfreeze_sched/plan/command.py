@@ -11,7 +11,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from unfreeze_sched.arguments import add_flags, integer, number, one_line, overrides, preset_from, spellings
+from unfreeze_sched._checks import one_line
+from unfreeze_sched.arguments import add_flags, integer, number, overrides, preset_from, spellings
 from unfreeze_sched.plan.optimizers import STATES
 from unfreeze_sched.plan.phases import Measured, Plan, make_plan
 from unfreeze_sched.plan.table import show

@@ -10,12 +10,12 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from unfreeze_sched.blocks import Block, encoder_blocks
-from unfreeze_sched.freezing import Norms, freeze, hold_in_eval, norms_of, release, unfreeze
+from unfreeze_sched.model import Block, encoder_blocks
+from unfreeze_sched.model.freezing import Norms, freeze, hold_in_eval, norms_of, release, unfreeze
+from unfreeze_sched.model.tracing import trace
 from unfreeze_sched.plan.encoders import FakeModel, Size, fake_model
 from unfreeze_sched.plan.optimizers import state_bytes
 from unfreeze_sched.plan.phases import Encoder, Measured
-from unfreeze_sched.tracing import trace
 
 
 def measure(name: str, image_size: Size | None, batch_size: int, optimizer: str, norms: Norms) -> Measured:

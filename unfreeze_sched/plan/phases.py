@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from unfreeze_sched._fields import FrozenModel
+from unfreeze_sched._checks import FrozenModel
 from unfreeze_sched.schedule import UnfreezeSchedule
 
 

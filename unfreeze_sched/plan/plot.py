@@ -12,9 +12,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator
 
+from unfreeze_sched.history import draw_rows
 from unfreeze_sched.plan.phases import Plan
 from unfreeze_sched.plan.table import title
-from unfreeze_sched.rate_chart import draw_rows
 
 _APART = 0.035  # of the axis: epochs of transitions nearer than that would overlap
 _KINDS = {"weights": "#8c8c8c", "gradients": "#d98b5f", "optimizer": "#5f8fb5", "activations": "#6aa56a"}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator
 
-from unfreeze_sched.arguments import PRESETS
 from unfreeze_sched.plan.phases import Phase, Plan
+from unfreeze_sched.schedule import PRESETS
 
 _BYTES = {"MiB": 2**20, "GiB": 2**30}
 _WIDE = 100  # columns of a terminal

@@ -1,0 +1,498 @@
+"""The reference run's data and metric: what is read, in which order, and what is refused."""
+
+import math
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader
+
+pytest.importorskip("PIL")
+from PIL import Image
+
+from unfreeze_sched.distill.command.data import (
+    CLASS_NAMES,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    DataError,
+    SegmentationData,
+    epoch_generator,
+    load_folder,
+    load_sample,
+)
+from unfreeze_sched.distill.command.metrics import class_ious, confusion_matrix, mean_iou
+
+Folder = Callable[..., Path]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Folder:
+    """Makes a folder of images and masks, a mask holding 0 in its left half and 1 in its right."""
+
+    def make(names: str = "a b c", size: tuple[int, int] = (12, 8), suffix: str = ".png") -> Path:
+        for part in ("images", "masks"):
+            (tmp_path / part).mkdir(exist_ok=True)
+        for i, name in enumerate(names.split()):
+            pixels = np.random.default_rng(i).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / f"{name}{suffix}")
+            mask = np.zeros((size[1], size[0]), dtype=np.uint8)
+            mask[:, size[0] // 2 :] = 1
+            Image.fromarray(mask).save(tmp_path / "masks" / f"{name}.png")
+        return tmp_path
+
+    return make
+
+
+def stored(file: Path) -> "np.ndarray[Any, np.dtype[Any]]":
+    with Image.open(file) as image:
+        return np.array(image)
+
+
+def refused(call: Callable[[], Any]) -> str:
+    with pytest.raises(DataError) as caught:
+        call()
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+# The sample
+
+
+@pytest.mark.parametrize(("split", "count"), [("train", 400), ("test", 200)])
+def test_the_sample_has_its_counts_classes_and_shapes(split: Any, count: int) -> None:
+    """A part of the sample gives float images and int64 masks of the requested size, and all five classes."""
+    data = load_sample(split, image_size=32)
+    assert (len(data), data.classes, data.class_names) == (count, 5, CLASS_NAMES)
+    assert data.names == tuple(f"{i:04d}" for i in range(count))
+    seen = set()
+    for index in range(count):
+        image, mask = data[index]
+        assert (image.shape, image.dtype) == ((3, 32, 32), torch.float32)
+        assert (mask.shape, mask.dtype) == ((32, 32), torch.int64)
+        seen |= set(mask.flatten().tolist())
+    assert seen == set(range(5))
+
+
+def test_the_samples_items_are_kept_decoded() -> None:
+    """A second read of an item gives the same tensors, as uint8."""
+    data = load_sample("test")
+    image, mask = data.raw(3)
+    assert image.dtype == mask.dtype == torch.uint8
+    assert data.raw(3)[0] is image
+    assert data.split(0.5, seed=0)[0].cache is data.cache
+
+
+def test_an_unknown_part_of_the_sample_is_refused() -> None:
+    """A part other than train and test is refused by name."""
+    assert refused(lambda: load_sample("val")) == (  # type: ignore[arg-type]
+        "`split` must be 'train' or 'test', got 'val'; take 'train' and its .split() to validate"
+    )
+
+
+def test_a_size_below_one_is_refused(folder: Folder) -> None:
+    """An image size of 0 is refused."""
+    text = "`image_size` must be 1 or more, got 0; encoders mostly want a multiple of 32"
+    assert refused(lambda: load_sample("test", image_size=0)) == text
+    assert refused(lambda: load_folder(folder(), image_size=0)) == text
+
+
+# A folder
+
+
+def test_a_folder_is_sorted_by_stem_and_read_lazily(folder: Folder) -> None:
+    """Items come in the order of their stems, and a file is not touched before it is asked for."""
+    path = folder("c a b")
+    (path / "images" / "notes.txt").write_text("not an image", encoding="utf-8")
+    data = load_folder(path, classes=2, image_size=8)
+    assert (data.names, data.class_names, data.cache) == (("a", "b", "c"), ("0", "1"), None)
+    (path / "images" / "b.png").unlink()
+    data[0]
+    assert "images/b.png must be a readable image" in refused(lambda: data[1])
+
+
+def test_an_image_is_normalised_by_band(folder: Folder) -> None:
+    """The item is (v / 255 - mean) / std of the pixels, to the bit."""
+    path = folder("a", size=(8, 8))
+    pixels = torch.from_numpy(stored(path / "images" / "a.png")).permute(2, 0, 1)
+    for mean, std in ((IMAGENET_MEAN, IMAGENET_STD), ((0.5, 0.5, 0.5), (0.5, 0.25, 0.125))):
+        image, _ = load_folder(path, classes=2, image_size=8, mean=mean, std=std)[0]
+        expected = (pixels.float() / 255 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+        assert torch.equal(image, expected)
+
+
+def test_other_shapes_are_cut_to_the_central_square(folder: Folder) -> None:
+    """A 12 x 8 image loses 2 columns on either side, and so does its mask, before both are scaled."""
+    path = folder("a", size=(12, 8))
+    pixels = stored(path / "images" / "a.png")
+    data = load_folder(path, classes=2, image_size=8)
+    assert np.array_equal(data.raw(0)[0].permute(1, 2, 0).numpy(), pixels[:, 2:10])
+    half = load_folder(path, classes=2, image_size=4)
+    assert half.raw(0)[1].tolist() == [[0, 0, 1, 1]] * 4
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "1", "I;16"])
+def test_masks_of_one_band_are_read_as_indices(folder: Folder, mode: str) -> None:
+    """Grey, palette, bilevel and 16-bit masks give the same indices."""
+    path = folder("a", size=(8, 8))
+    indices = stored(path / "masks" / "a.png")
+    mask = Image.fromarray(indices * 255).convert("1") if mode == "1" else Image.fromarray(indices)
+    if mode == "I;16":
+        mask = Image.fromarray(indices.astype(np.uint16))
+    if mode == "P":
+        mask.putpalette([0, 0, 0, 255, 0, 0])
+    mask.save(path / "masks" / "a.png")
+    with Image.open(path / "masks" / "a.png") as saved:
+        assert saved.mode == mode
+    assert np.array_equal(load_folder(path, image_size=8)[0][1].numpy(), indices)
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".jpeg", ".png", ".webp", ".bmp", ".JPG"])
+def test_images_of_each_kind_are_read(folder: Folder, suffix: str) -> None:
+    """Every suffix the text promises is read, in either case."""
+    data = load_folder(folder("a", suffix=suffix), classes=2, image_size=8)
+    assert data.raw(0)[0].shape == (3, 8, 8)
+
+
+def test_exif_rotation_is_applied_to_images(folder: Folder) -> None:
+    """A photograph stored on its side is turned upright, and then has its mask's size."""
+    path = folder("a", size=(12, 8), suffix=".jpg")
+    with Image.open(path / "images" / "a.jpg") as upright:
+        turned = upright.transpose(Image.Transpose.ROTATE_90)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the stored picture is to be turned by 90 degrees clockwise
+    turned.save(path / "images" / "a.jpg", exif=exif)
+    load_folder(path, classes=2, image_size=8).check()
+
+
+def test_classes_are_counted_where_not_given(folder: Folder) -> None:
+    """Without `classes` the largest index that is not 255 counts them."""
+    path = folder("a b", size=(8, 8))
+    mask = np.full((8, 8), 255, dtype=np.uint8)
+    mask[0, 0] = 6
+    Image.fromarray(mask).save(path / "masks" / "b.png")
+    data = load_folder(path, image_size=8)
+    assert data.classes == 7
+    assert set(data[1][1].flatten().tolist()) == {6, 255}
+
+
+@pytest.mark.parametrize("part", ["images", "masks"])
+def test_a_missing_folder_is_refused(folder: Folder, part: str) -> None:
+    """A folder without images/ or masks/ is refused with the path looked for."""
+    path = folder()
+    (path / part).rename(path / "elsewhere")
+    assert refused(lambda: load_folder(path)) == (
+        f"{path / part} must be a folder, got none; the data is DIR with images/ and masks/"
+    )
+
+
+def test_a_folder_without_images_is_refused(folder: Folder) -> None:
+    """An empty images/ is refused with the suffixes that are read."""
+    path = folder("")
+    assert refused(lambda: load_folder(path)) == (
+        f"{path / 'images'} must hold an image, got none; .jpg, .jpeg, .png, .webp, .bmp are read"
+    )
+
+
+def test_images_without_masks_are_named(folder: Folder) -> None:
+    """Images without a mask are named, up to five of them."""
+    path = folder("a b c d e f g h")
+    (path / "masks" / "b.png").unlink()
+    assert refused(lambda: load_folder(path)) == ("each image must have a mask, got none for b.png; add masks/STEM.png")
+    for name in "cdefgh":
+        (path / "masks" / f"{name}.png").unlink()
+    assert refused(lambda: load_folder(path)) == (
+        "each image must have a mask, got none for b.png, c.png, d.png, e.png, f.png and 2 more; add masks/STEM.png"
+    )
+
+
+def test_masks_without_images_are_named(folder: Folder) -> None:
+    """Masks without an image are named."""
+    path = folder("a b c")
+    (path / "images" / "b.png").unlink()
+    (path / "images" / "c.png").unlink()
+    assert refused(lambda: load_folder(path)) == (
+        "each mask must have an image, got none for b.png, c.png; add the images or remove the masks"
+    )
+
+
+def test_two_images_of_one_stem_are_refused(folder: Folder) -> None:
+    """Two images that one mask could belong to are refused."""
+    path = folder("a")
+    Image.new("RGB", (12, 8)).save(path / "images" / "a.jpg")
+    assert refused(lambda: load_folder(path)) == (
+        f"{path / 'images'} must hold one file per stem, got a.jpg and a.png; rename one"
+    )
+
+
+def test_a_mask_of_another_size_is_refused(folder: Folder) -> None:
+    """A mask that has not its image's size is refused with both sizes, width first."""
+    path = folder("a", size=(12, 8))
+    Image.new("L", (8, 12)).save(path / "masks" / "a.png")
+    assert refused(load_folder(path, classes=2).check) == (
+        "masks/a.png must have its image's size 12 x 8, got 8 x 12; export the mask at the image's resolution"
+    )
+
+
+def test_a_truncated_image_is_refused(folder: Folder) -> None:
+    """A JPEG cut short is refused by name, with the decoder's reason."""
+    path = folder("a", size=(64, 64), suffix=".jpg")
+    file = path / "images" / "a.jpg"
+    file.write_bytes(file.read_bytes()[:900])
+    text = refused(load_folder(path, classes=2).check)
+    assert text.startswith("images/a.jpg must be a readable image, got: image file is truncated")
+    assert text.endswith("; export it anew, or remove it with its pair")
+
+
+def test_a_truncated_mask_is_refused(folder: Folder) -> None:
+    """A PNG cut short is refused by name."""
+    path = folder("a", size=(64, 64))
+    file = path / "masks" / "a.png"
+    file.write_bytes(file.read_bytes()[:60])
+    assert refused(load_folder(path, classes=2).check).startswith("masks/a.png must be a readable image, got: ")
+
+
+def test_a_file_that_is_no_image_is_refused(folder: Folder) -> None:
+    """A text file that calls itself an image is refused."""
+    path = folder("a")
+    (path / "images" / "a.png").write_text("<svg/>", encoding="utf-8")
+    assert refused(load_folder(path, classes=2).check) == (
+        "images/a.png must be a readable image, got: an unknown format; export it anew, or remove it with its pair"
+    )
+
+
+def test_a_coloured_mask_is_refused(folder: Folder) -> None:
+    """An RGB mask is refused with the way to make it one of indices."""
+    path = folder("a")
+    Image.new("RGB", (12, 8)).save(path / "masks" / "a.png")
+    text = (
+        "masks/a.png must be a class-index mask of one band, got mode RGB; "
+        "map its colours to indices 0, 1, ... and save it in mode L"
+    )
+    assert refused(load_folder(path, classes=2).check) == text
+    assert refused(lambda: load_folder(path)) == text
+
+
+def test_an_index_beyond_the_classes_is_refused(folder: Folder) -> None:
+    """An index that is no class and not 255 is refused with the file and the value; 255 passes."""
+    path = folder("a b")
+    Image.new("L", (12, 8), 255).save(path / "masks" / "a.png")
+    Image.new("L", (12, 8), 9).save(path / "masks" / "b.png")
+    data = load_folder(path, classes=["background", "road"])
+    assert set(data[0][1].flatten().tolist()) == {255}
+    assert refused(data.check) == (
+        "masks/b.png must hold class indices 0 to 1, or 255 to ignore, got 9; set `classes` to cover it, or map it"
+    )
+
+
+@pytest.mark.parametrize(("classes", "count"), [(0, 0), ([], 0), (256, 256), (-1, -1)])
+def test_a_number_of_classes_out_of_range_is_refused(folder: Folder, classes: Any, count: int) -> None:
+    """No class at all is refused, and more than 255."""
+    path = folder()
+    assert refused(lambda: load_folder(path, classes=classes)) == (
+        f"`classes` must be from 1 to 255, got {count}; the background counts as one"
+    )
+
+
+def test_masks_of_nothing_but_ignored_pixels_are_refused(folder: Folder) -> None:
+    """Masks that hold only 255 have no class to count."""
+    path = folder("a")
+    Image.new("L", (12, 8), 255).save(path / "masks" / "a.png")
+    assert refused(lambda: load_folder(path)) == (
+        "the masks must hold a class, got only 255, which is ignored; write indices 0, 1, ..."
+    )
+
+
+# Splits and epochs
+
+
+def test_a_split_is_disjoint_complete_and_a_function_of_the_seed() -> None:
+    """The two parts share nothing, together are everything, and another seed gives other parts."""
+    data = load_sample("train")
+    train, validation = data.split(0.2, seed=3)
+    assert (len(train), len(validation)) == (320, 80)
+    assert sorted(train.names + validation.names) == list(data.names)
+    assert list(validation.names) == sorted(validation.names)
+    assert data.split(0.2, seed=3)[1].names == validation.names != data.split(0.2, seed=4)[1].names
+
+
+@pytest.mark.parametrize("fraction", [0, 1, -0.5, 0.1, 0.9, math.nan])
+def test_a_split_that_empties_a_part_is_refused(folder: Folder, fraction: float) -> None:
+    """A fraction that leaves one of three images for nobody is refused."""
+    data = load_folder(folder(), classes=2)
+    assert refused(lambda: data.split(fraction, seed=0)) == (
+        f"`validation_fraction` must leave images in both parts of 3, got {fraction}; "
+        "choose one between 0 and 1, or add images"
+    )
+
+
+def batches(data: SegmentationData, seed: int, epoch: int) -> list[torch.Tensor]:
+    view = data.epoch(epoch_generator(seed, epoch), jitter=0.3)
+    return [tensor for batch in DataLoader(view, batch_size=16) for tensor in batch]
+
+
+def test_an_epoch_is_a_function_of_seed_and_epoch_alone() -> None:
+    """Order and augmentation repeat to the bit, whatever the global generator did, and other epochs differ."""
+    data, _ = load_sample("test", image_size=16).split(0.75, seed=0)
+    first = batches(data, 5, 2)
+    torch.rand(7)
+    assert all(torch.equal(a, b) for a, b in zip(first, batches(data, 5, 2), strict=True))
+    for seed, epoch in ((5, 3), (2, 5)):
+        assert not torch.equal(first[1], batches(data, seed, epoch)[1])
+
+
+def test_an_item_of_a_view_depends_on_its_index_alone() -> None:
+    """Items read backwards from a pickled view, as a loader's workers might, are those read in order."""
+    data = load_sample("test", image_size=16)
+    view = data.epoch(epoch_generator(5, 2), jitter=0.3)
+    items = [view[index] for index in range(20)]
+    copy = pickle.loads(pickle.dumps(view))  # noqa: S301 - of our own making
+    for index in reversed(range(20)):
+        assert all(torch.equal(a, b) for a, b in zip(items[index], copy[index], strict=True))
+
+
+def test_an_epoch_draws_nothing_from_the_global_generator() -> None:
+    """Reading a whole epoch leaves the global generator where it was."""
+    data = load_sample("test", image_size=16)
+    before = torch.random.get_rng_state()
+    view = data.epoch(epoch_generator(0, 0), jitter=0.3)
+    for index in range(20):
+        view[index]
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_a_view_holds_each_item_once_mirrored_with_its_mask() -> None:
+    """An epoch is a permutation, and half of its items are the plain ones, the others their mirror images."""
+    data = load_sample("test", image_size=16)
+    view = data.epoch(epoch_generator(1, 0))
+    assert sorted(view.order) == list(range(len(data)))
+    assert 0.35 < sum(view.flips) / len(view) < 0.65
+    for index, flipped in enumerate(view.flips):
+        for seen, plain in zip(view[index], data[view.order[index]], strict=True):
+            assert torch.equal(seen, plain.flip(-1) if flipped else plain)
+    assert not any(data.epoch(epoch_generator(1, 0), flip=False).flips)
+
+
+def test_jitter_changes_images_within_its_range_and_never_masks() -> None:
+    """Brightness and contrast move by at most the jitter, values stay displayable, masks stay."""
+    data = load_sample("test", image_size=16, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    plain, view = (data.epoch(epoch_generator(1, 0), jitter=j) for j in (0.0, 0.3))
+    assert plain.order == view.order
+    assert plain.flips == view.flips
+    assert all(0.7 <= f <= 1.3 for pair in view.factors for f in pair)
+    for index in range(30):
+        assert torch.equal(plain[index][1], view[index][1])
+        assert not torch.equal(plain[index][0], view[index][0])
+        assert 0 <= float(view[index][0].min()) <= float(view[index][0].max()) <= 1
+
+
+@pytest.mark.parametrize("jitter", [-0.1, 1.5])
+def test_a_jitter_out_of_range_is_refused(jitter: float) -> None:
+    """A jitter below 0 or above 1 is refused."""
+    data = load_sample("test")
+    assert refused(lambda: data.epoch(epoch_generator(0, 0), jitter=jitter)) == (
+        f"`jitter` must be from 0 to 1, got {jitter}; 0 turns it off"
+    )
+
+
+# The metric
+
+
+def brute_force(predictions: list[int], masks: list[int], classes: int) -> tuple[list[list[int]], float | None]:
+    """The matrix and its mean IoU, pixel by pixel and by sets."""
+    pixels = [(i, t, p) for i, (t, p) in enumerate(zip(masks, predictions, strict=True)) if t != 255]
+    matrix = [
+        [sum((t, p) == (row, column) for _, t, p in pixels) for column in range(classes)] for row in range(classes)
+    ]
+    ious = []
+    for c in range(classes):
+        truth, guess = {i for i, t, _ in pixels if t == c}, {i for i, _, p in pixels if p == c}
+        if truth | guess:
+            ious.append(len(truth & guess) / len(truth | guess))
+    return matrix, sum(ious) / len(ious) if ious else None
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[list[int], list[int], int]:
+    classes = draw(st.integers(1, 5))
+    index = st.integers(0, classes - 1)
+    pixels = draw(st.lists(st.tuples(index, index | st.just(255)), max_size=24))
+    return [p for p, _ in pixels], [t for _, t in pixels], classes
+
+
+@given(cases())
+def test_the_metric_is_its_brute_force_twin(case: tuple[list[int], list[int], int]) -> None:
+    """Matrix and mean agree with a count over pixels and sets, ignored pixels and absent classes included."""
+    predictions, masks, classes = case
+    matrix = confusion_matrix(torch.tensor(predictions, dtype=torch.int64), torch.tensor(masks), classes)
+    expected, mean = brute_force(predictions, masks, classes)
+    assert matrix.tolist() == expected
+    if mean is not None:
+        assert mean_iou(matrix) == pytest.approx(mean, rel=1e-12)
+
+
+def test_matrices_of_batches_add_up_and_logits_count_by_their_argmax() -> None:
+    """The matrix of logits is that of their argmax, and the sum over batches that of the whole."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(4, 3, 5, 6, generator=generator)
+    masks = torch.randint(0, 3, (4, 5, 6), generator=generator, dtype=torch.uint8)
+    whole = confusion_matrix(logits, masks, 3)
+    assert torch.equal(whole, confusion_matrix(logits.argmax(1), masks, 3))
+    assert torch.equal(whole, confusion_matrix(logits[:1], masks[:1], 3) + confusion_matrix(logits[1:], masks[1:], 3))
+    assert whole.sum() == masks.numel()
+
+
+def test_an_absent_class_is_left_out_and_a_predicted_one_counts_zero() -> None:
+    """A class in neither the truth nor the predictions is NaN and left out; one only predicted is 0."""
+    matrix = confusion_matrix(torch.tensor([0, 1]), torch.tensor([0, 0]), 3)
+    assert class_ious(matrix).tolist()[:2] == [0.5, 0.0]
+    assert math.isnan(class_ious(matrix)[2])
+    assert mean_iou(matrix) == 0.25
+
+
+@pytest.mark.parametrize(
+    ("predictions", "masks", "text"),
+    [
+        (
+            torch.zeros(1, 2, 4, 4),
+            torch.zeros(1, 4, 4, dtype=torch.int64),
+            (
+                "`predictions` must have the shape (1, 3, 4, 4) for logits, got (1, 2, 4, 4); "
+                "masks are (B, H, W), logits (B, classes, H, W)"
+            ),
+        ),
+        (
+            torch.zeros(1, 2, 2, dtype=torch.int64),
+            torch.zeros(1, 4, 4, dtype=torch.int64),
+            "`predictions` must have the masks' shape (1, 4, 4), got (1, 2, 2); resize the predictions",
+        ),
+        (
+            torch.tensor([0, 3]),
+            torch.tensor([0, 0]),
+            "`predictions` must hold indices 0 to 2, got 3; set `classes` to cover it",
+        ),
+        (
+            torch.tensor([0, 0]),
+            torch.tensor([0, -1]),
+            "`masks` must hold indices 0 to 2, got -1; set `classes` to cover it",
+        ),
+    ],
+)
+def test_what_does_not_belong_together_is_refused(predictions: torch.Tensor, masks: torch.Tensor, text: str) -> None:
+    """Shapes that do not match and indices beyond the classes are refused."""
+    with pytest.raises(ValueError, match="must") as caught:
+        confusion_matrix(predictions, masks, 3)
+    assert str(caught.value) == text
+
+
+def test_a_mean_over_nothing_is_refused() -> None:
+    """The mean of a matrix without a pixel is refused."""
+    with pytest.raises(ValueError, match="at least one pixel") as caught:
+        mean_iou(torch.zeros(3, 3, dtype=torch.int64))
+    assert str(caught.value) == "`matrix` must count at least one pixel, got none; add a batch, or unignore pixels"

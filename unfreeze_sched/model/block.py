@@ -1,0 +1,172 @@
+"""`Block`: a named piece of an encoder, the unit that is unfrozen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
+
+Named = tuple[str, nn.Parameter]
+"""A parameter behind its name."""
+
+ADAPTERS = r"pass patterns=[r'layer\.0\..*lora_', ...] to encoder_blocks, one a block"
+"""The way out where PEFT adapted the model."""
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """A named piece of an encoder: modules, or bare parameters such as a ViT's `cls_token`.
+
+    Args:
+        name: Unique among the blocks of one model; tags the block's param group.
+        members: Modules and parameters, in any number, at least one parameter in all.
+        member_names: Qualified names of the members in the model, one each, or nothing where the model is not known.
+
+    Raises:
+        TypeError: `name` is no string, or a member neither a module nor a parameter.
+        ValueError: `name` is empty, no parameter is there, or the two tuples differ in length.
+
+    Example:
+        >>> stem = Block("stem", (nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)))
+        >>> [name for name, _ in stem.named_parameters()]
+        ['stem/0.weight', 'stem/1.weight', 'stem/1.bias']
+    """
+
+    name: str
+    members: tuple[nn.Module | nn.Parameter, ...]
+    member_names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise TypeError(f"`name` must be a string, got {self.name!r}; pass Block('layer1', (model.layer1,))")
+        if not self.name:
+            raise ValueError("`name` must not be empty, got ''; name the block after what it holds, such as 'layer1'")
+        object.__setattr__(self, "members", tuple(self.members))
+        for member in self.members:
+            if not isinstance(member, (nn.Module, nn.Parameter)):
+                raise TypeError(
+                    f"`members` of block {self.name!r} must be modules or parameters, got {type(member).__name__}; "
+                    "pass the modules themselves, not their names"
+                )
+        if self.member_names and len(self.member_names) != len(self.members):
+            raise ValueError(
+                f"`member_names` of block {self.name!r} must name each of its {len(self.members)} members, "
+                f"got {len(self.member_names)} names; leave them out where the model is not known"
+            )
+        if not any(True for _ in self.parameters()):
+            raise ValueError(
+                f"`members` of block {self.name!r} must hold a parameter, got {len(self.members)} members without any; "
+                "leave the block out"
+            )
+
+    def named_parameters(self) -> Iterator[Named]:
+        """Each parameter once, with its qualified name where it is known, else `block/name`."""
+        seen: set[int] = set()
+        for prefix, member in zip(self._prefixes(), self.members, strict=True):
+            if isinstance(member, nn.Parameter):
+                named: Iterable[Named] = ((prefix.rstrip("."), member),)
+            else:
+                named = ((prefix + name, parameter) for name, parameter in member.named_parameters())
+            for name, parameter in named:
+                if id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    yield name, parameter
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Each parameter once, in the order of the members."""
+        for _, parameter in self.named_parameters():
+            yield parameter
+
+    def modules(self) -> Iterator[nn.Module]:
+        """Each module of the block, submodules included; none for bare parameters."""
+        for member in self.members:
+            if isinstance(member, nn.Module):
+                yield from member.modules()
+
+    def _prefixes(self) -> tuple[str, ...]:
+        if self.member_names:
+            return tuple(f"{name}." if name else "" for name in self.member_names)
+        if len(self.members) == 1 and isinstance(self.members[0], nn.Module):
+            return (f"{self.name}/",)
+        return tuple(f"{self.name}/{index}." for index in range(len(self.members)))
+
+
+def validate_blocks(blocks: Iterable[Block]) -> tuple[Block, ...]:
+    """Check that blocks can be unfrozen one by one: distinct names, no shared parameter, nothing that cannot train.
+
+    Args:
+        blocks: The blocks, shallow to deep.
+
+    Returns:
+        The same blocks as a tuple.
+
+    Raises:
+        TypeError: An item is not a `Block`.
+        ValueError: There is no block, a name or a parameter occurs twice, a parameter cannot be trained, or a block
+            holds a layer that PEFT adapted, base weight and all.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> validate_blocks([Block("a", (layer,)), Block("b", (layer.bias,))])
+        Traceback (most recent call last):
+        ...
+        ValueError: `blocks` must not share a parameter, got 'a/bias' in 'a' and 'b'; leave it in one of them
+    """
+    if not isinstance(blocks, Iterable):
+        raise TypeError(
+            f"`blocks` must be a sequence of blocks, got {type(blocks).__name__}; put a single one in a list"
+        )
+    blocks = tuple(blocks)
+    if not blocks:
+        raise ValueError("`blocks` must hold at least one block, got none; make them with encoder_blocks(model)")
+    names: set[str] = set()
+    owners: dict[nn.Parameter, tuple[str, str]] = {}
+    for block in blocks:
+        if not isinstance(block, Block):
+            raise TypeError(
+                f"`blocks` must hold Block objects, got {type(block).__name__}; wrap it: Block(name, (module,))"
+            )
+        if block.name in names:
+            raise ValueError(f"`blocks` must have distinct names, got {block.name!r} twice; rename one")
+        names.add(block.name)
+        _refuse_adapted(block)
+        for name, parameter in block.named_parameters():
+            if parameter in owners:
+                first, owner = owners[parameter]
+                raise ValueError(
+                    f"`blocks` must not share a parameter, got {first!r} in {owner!r} and {block.name!r}; "
+                    "leave it in one of them"
+                )
+            owners[parameter] = name, block.name
+            reason, fix = _why_untrainable(parameter)
+            if reason:
+                raise ValueError(f"`blocks` must hold trainable parameters, got {name!r}, which {reason}; {fix}")
+    return blocks
+
+
+def _refuse_adapted(block: Block) -> None:
+    for module in block.modules():
+        if is_peft(module) and hasattr(module, "get_base_layer"):
+            raise ValueError(
+                f"`blocks` must not hold a whole PEFT layer, got a {type(module).__name__} in {block.name!r}: "
+                f"the base weight that PEFT froze would be unfrozen with it; {ADAPTERS}"
+            )
+
+
+def is_peft(module: nn.Module) -> bool:
+    """Whether PEFT made this module."""
+    return type(module).__module__.split(".")[0] == "peft"  # by name, since it is not imported for it
+
+
+def _why_untrainable(parameter: nn.Parameter) -> tuple[str, str]:
+    if isinstance(parameter, UninitializedParameter):
+        return "is not initialized", "run one forward pass first"
+    if not (parameter.is_floating_point() or parameter.is_complex()):
+        return f"is of {parameter.dtype}", "list the block's other members one by one"
+    if parameter.is_inference():
+        return "was made in inference mode", "build the model outside of torch.inference_mode()"
+    if not parameter.is_leaf:
+        return "is computed from others", "list the parameter that it is computed from"
+    return "", ""

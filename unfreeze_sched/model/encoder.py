@@ -1,0 +1,154 @@
+"""From a model to its blocks, the ordered pieces of the encoder that are unfrozen one after another."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import takewhile
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
+from torch.optim import Optimizer
+
+from unfreeze_sched.model.block import ADAPTERS, Block, is_peft, validate_blocks
+from unfreeze_sched.model.division import Members, divided, join
+from unfreeze_sched.model.tracing import unwrap, walk
+
+
+def encoder_blocks(
+    model: nn.Module,
+    patterns: Sequence[str] | None = None,
+    *,
+    head: Iterable[nn.Module | nn.Parameter] | Optimizer | None = None,
+    example_input: Any = None,
+) -> tuple[Block, ...]:
+    r"""The blocks of a model's encoder, shallow to deep.
+
+    Every parameter that the forward pass uses is in exactly one block; one that never receives a gradient, and the
+    head or decoder, are in none. The model is not changed, not run on data, and none of its memory is copied.
+
+    Args:
+        model: An smp, timm, torchvision or transformers model, whole or its encoder alone, or any module whose stages
+            repeat under one name. DDP and `torch.compile` wrappers are looked through.
+        patterns: One regular expression a block, shallow to deep, searched for in the qualified names of the
+            parameters. The model is not run then, and parameters that no pattern matches are in no block.
+        example_input: What the forward pass takes, where it cannot be guessed: a tensor, a tuple of positional or a
+            dict of keyword arguments. Only shapes, types and devices matter.
+
+    Returns:
+        The blocks; `[0]` is the shallowest and holds the stem, `[-1]` is next to the head.
+
+    Raises:
+        TypeError: An argument is of the wrong type.
+        ValueError: The model has no blocks or does not run, or a pattern is broken, empty-handed or overlaps another;
+            or PEFT adapted the model, and no patterns name the adapters.
+
+    Example:
+        >>> stage = lambda: nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+        >>> model = nn.ModuleDict({"encoder": nn.Sequential(nn.Conv2d(3, 8, 1), stage(), stage())})
+        >>> [(block.name, block.member_names) for block in encoder_blocks(model["encoder"])]
+        [('1', ('0', '1')), ('2', ('2',))]
+        >>> [block.name for block in encoder_blocks(model, patterns=[r"encoder\.1\.", r"encoder\.2\."])]
+        ['encoder.1', 'encoder.2']
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be a torch module, got {type(model).__name__}; pass the model itself")
+    if isinstance(unwrap(model), torch.jit.ScriptModule):
+        raise TypeError("`model` must be an eager module, got a TorchScript one; find its blocks before scripting it")
+    names = _parameter_names(model)
+    for parameter, name in names.items():
+        if isinstance(parameter, UninitializedParameter):
+            raise ValueError(  # noqa: TRY004  # the type is right, its state is not
+                f"`model` must be initialized, got the lazy parameter {name!r}; run one forward pass first"
+            )
+    if not names:
+        raise ValueError("`model` must have parameters, got none; pass the network that is to be fine-tuned")
+    if patterns is None and is_peft(unwrap(model)):
+        raise ValueError(
+            f"`patterns` must name the adapters of a {type(unwrap(model)).__name__}, got none: blocks found by "
+            f"structure would unfreeze the base weights that PEFT froze; {ADAPTERS}"
+        )
+    if patterns is None:
+        return validate_blocks(divided(unwrap(model), example_input))
+    if example_input is not None:
+        raise ValueError(
+            "`example_input` must be left out where patterns are given, got both; patterns need no forward pass"
+        )
+    return validate_blocks(_by_patterns(model, names, patterns))
+
+
+def _parameter_names(model: nn.Module) -> dict[nn.Parameter, str]:
+    """Each parameter with its qualified name, wrappers' prefixes left out; tied ones by their first name."""
+    names: dict[nn.Parameter, str] = {}
+    for prefix, module in walk(model):
+        for key, parameter in module.named_parameters(recurse=False):
+            names.setdefault(parameter, join(prefix, key))
+    return names
+
+
+def _trains(parameter: nn.Parameter) -> bool:
+    return parameter.is_floating_point() or parameter.is_complex()
+
+
+def _by_patterns(model: nn.Module, names: Mapping[nn.Parameter, str], patterns: Any) -> list[Block]:
+    compiled = [_compile(pattern) for pattern in _check_patterns(patterns)]
+    owner: dict[nn.Parameter, int] = {}
+    for index, pattern in enumerate(compiled):
+        matched = [p for p, name in names.items() if pattern.search(name) and _trains(p)]
+        if not matched:
+            raise ValueError(
+                f"`patterns` must each match a parameter, got {pattern.pattern!r}, which matches none; "
+                f"the nearest names are {_nearest(pattern.pattern, names.values())}"
+            )
+        for parameter in matched:
+            if parameter in owner:
+                raise ValueError(
+                    f"`patterns` must not overlap, got {names[parameter]!r} matched by "
+                    f"{compiled[owner[parameter]].pattern!r} and {pattern.pattern!r}; make one of them narrower"
+                )
+            owner[parameter] = index
+    members = Members(owner)
+    members.visit("", unwrap(model))
+    prefixes = [_common_module([names[p] for p in owner if owner[p] == index]) for index in range(len(compiled))]
+    distinct = all(prefixes) and len(set(prefixes)) == len(prefixes)
+    labels = prefixes if distinct else [pattern.pattern for pattern in compiled]
+    return [members.block(index, label) for index, label in enumerate(labels)]
+
+
+def _check_patterns(patterns: Any) -> list[str]:
+    if isinstance(patterns, (str, bytes)) or not isinstance(patterns, Iterable):
+        raise TypeError(
+            f"`patterns` must be a list of regular expressions, got {patterns!r}; put a single one in a list"
+        )
+    listed = list(patterns)
+    if not listed:
+        raise ValueError("`patterns` must hold at least one regular expression, got none; leave it out to find blocks")
+    for pattern in listed:
+        if not isinstance(pattern, str):
+            raise TypeError(f"`patterns` must hold strings, got {pattern!r}; write each block's regex as a string")
+    return listed
+
+
+def _compile(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f"`patterns` must be valid regular expressions, got {pattern!r} ({error}); escape special characters"
+        ) from error
+
+
+def _nearest(pattern: str, names: Iterable[str]) -> str:
+    """The three parameter or module names that look most like the pattern."""
+    known = {".".join(parts[:end]) for parts in (name.split(".") for name in names) for end in range(1, len(parts) + 1)}
+    plain = re.sub(r"[\\^$]", "", pattern).strip(".*")
+    return ", ".join(repr(name) for name in difflib.get_close_matches(plain, sorted(known), n=3, cutoff=0))
+
+
+def _common_module(names: Sequence[str]) -> str:
+    """The innermost module that holds all the named parameters, '' for the model itself."""
+    columns = zip(*(name.split(".")[:-1] for name in names), strict=False)
+    return ".".join(column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns))

@@ -1,0 +1,117 @@
+"""Freeze and unfreeze a block: flags, no gradient left behind, and norm layers that stay in evaluation mode."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from unfreeze_sched.model.block import Block
+
+Norms = Literal["eval", "frozen", "train"]
+
+# Buffers that a forward pass in training mode writes, whether or not a gradient flows: running statistics, and the
+# vectors of spectral norm's power iteration (as a parametrization, and as the older hook).
+_WRITTEN_IN_TRAINING = frozenset({"running_mean", "running_var", "_u", "weight_u"})
+
+
+def freeze(block: Block) -> None:
+    """Freeze a block, so that no step of any optimizer and no forward pass changes it; idempotent."""
+    drop_gradients(set_requires_grad(block.parameters(), requires_grad=False, flipped=[]))
+    hold_in_eval(norms_of(block))
+
+
+def unfreeze(block: Block) -> None:
+    """Make a block trainable and give its norm layers back to `model.train()`; idempotent."""
+    drop_gradients(set_requires_grad(block.parameters(), requires_grad=True, flipped=[]))
+    release(norms_of(block))
+
+
+def set_requires_grad(
+    parameters: Iterable[nn.Parameter], *, requires_grad: bool, flipped: list[nn.Parameter]
+) -> list[nn.Parameter]:
+    """Set the flag of parameters.
+
+    One loop, since the first look at each of many tensors is what costs.
+
+    Args:
+        parameters: The parameters.
+        requires_grad: The flag.
+        flipped: Gets those on which it changes, each before it does, so that an interrupted call can be undone.
+
+    Returns:
+        Those of them that hold a gradient.
+    """
+    with_gradient = []
+    for parameter in parameters:
+        if parameter.requires_grad is not requires_grad:
+            flipped.append(parameter)
+            parameter.requires_grad = requires_grad
+            if parameter.grad is not None:
+                with_gradient.append(parameter)
+    return with_gradient
+
+
+def drop_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Forget gradients from before a change: a step would still apply them, and clipping count them."""
+    for parameter in parameters:
+        parameter.grad = None
+
+
+def norms_of(block: Block) -> tuple[nn.Module, ...]:
+    """The block's norm layers, those without parameters included."""
+    return tuple(module for module in block.modules() if is_norm(module))
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether the module is a norm layer: by torch's classes, or by a buffer that only training writes."""
+    return isinstance(
+        module, (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+    ) or not _WRITTEN_IN_TRAINING.isdisjoint(
+        module._buffers  # noqa: SLF001  # the module's own, without those of its children
+    )
+
+
+class _EvalHold:
+    """Stands in for `module.train` while a norm layer is frozen: remembers the mode asked for, and stays in evaluation.
+
+    An attribute of the instance, since the mode has to survive a `train()` on any parent, and an object rather than a
+    closure, so that the model can still be pickled and deep-copied. It stands in for `reset_running_stats` too:
+    `update_bn` calls that, and then relies on training mode for new statistics.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.asked = module.training
+
+    def __call__(self, mode: bool = True) -> nn.Module:
+        self.asked = mode
+        type(self.module).train(self.module, mode)  # for the children
+        self.module.training = False
+        return self.module
+
+    def keep_running_stats(self) -> None:
+        """What `reset_running_stats` does meanwhile."""
+
+
+def hold_in_eval(norms: Iterable[nn.Module]) -> None:
+    """Put norm layers into evaluation mode, whatever `train()` says from now on; idempotent."""
+    for module in norms:
+        if not isinstance(module.__dict__.get("train"), _EvalHold):
+            hold = _EvalHold(module)
+            module.__dict__["train"] = hold
+            if isinstance(module, _NormBase):
+                module.__dict__["reset_running_stats"] = hold.keep_running_stats
+            module.training = False
+
+
+def release(norms: Iterable[nn.Module]) -> None:
+    """Let norm layers follow `train()` again, from the mode last asked of them; idempotent."""
+    for module in norms:
+        hold = module.__dict__.get("train")
+        if isinstance(hold, _EvalHold):
+            del module.__dict__["train"]
+            module.__dict__.pop("reset_running_stats", None)
+            module.training = hold.asked

@@ -1,0 +1,335 @@
+"""An LR scheduler taught about a group that joins its optimizer late.
+
+A scheduler keeps, for each param group, a *row*: entries of lists such as `base_lrs`, and keys in the group such as
+`initial_lr`. A joining group gets the row of its template. Where the group's learning rate is to be `ratio` times the
+template's, the row's rates are multiplied by it; the rest, momenta and functions, is copied. From then on the scheduler
+computes for the new group what it would have computed had the group been there from the start, since its formulas are
+homogeneous in the row's rates.
+
+An absolute floor, such as `eta_min`, is the exception. Under one cosine it is the *distance* from the floor that
+scales; where the rate depends on what several schedulers did to it in the past, no late row is exact, and the join is
+refused. Before the first step nothing has happened yet, and every join is exact.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.optim.lr_scheduler import ChainedScheduler, MultiplicativeLR, ReduceLROnPlateau, SequentialLR
+from torch.optim.swa_utils import SWALR
+
+Rate = float | Tensor
+RateMap = Callable[[Rate], Rate]
+
+
+@dataclass(frozen=True)
+class _Row:
+    """What a class of schedulers keeps for each group, beside the lists `base_lrs` and `_last_lr` where it has them.
+
+    Attributes:
+        scaled_lists: Lists with a rate for each group.
+        copied_lists: Lists with something else for each group.
+        scaled_keys: Keys of the group that hold rates.
+        floors: Attributes that hold absolute rates; 0 where they play no part.
+        restarts: Whether its rates follow from the row alone once it takes over in a sequence.
+    """
+
+    scaled_lists: tuple[str, ...] = ()
+    copied_lists: tuple[str, ...] = ()
+    scaled_keys: tuple[str, ...] = ("initial_lr",)
+    floors: tuple[str, ...] = ()
+    restarts: bool = True
+
+
+_TIMM = _Row(scaled_lists=("base_values", "warmup_steps", "restore_lr"), floors=("lr_min", "warmup_lr_init"))
+
+_COMPOSITE = _Row(scaled_keys=(), restarts=False)  # what it keeps, the schedulers within it keep
+
+# By exact class, since a subclass may compute something else and a guess would be silently wrong; and by name, since
+# timm is not imported for it.
+_ROWS = {
+    "torch.optim.lr_scheduler.LambdaLR": _Row(copied_lists=("lr_lambdas",)),
+    "torch.optim.lr_scheduler.MultiplicativeLR": _Row(copied_lists=("lr_lambdas",), restarts=False),
+    "torch.optim.lr_scheduler.StepLR": _Row(),
+    "torch.optim.lr_scheduler.MultiStepLR": _Row(),
+    "torch.optim.lr_scheduler.ConstantLR": _Row(),
+    "torch.optim.lr_scheduler.LinearLR": _Row(),
+    "torch.optim.lr_scheduler.ExponentialLR": _Row(),
+    "torch.optim.lr_scheduler.PolynomialLR": _Row(),
+    "torch.optim.lr_scheduler.CosineAnnealingLR": _Row(floors=("eta_min",)),
+    "torch.optim.lr_scheduler.CosineAnnealingWarmRestarts": _Row(floors=("eta_min",)),
+    "torch.optim.lr_scheduler.OneCycleLR": _Row(scaled_keys=("initial_lr", "max_lr", "min_lr")),
+    "torch.optim.lr_scheduler.CyclicLR": _Row(
+        scaled_lists=("max_lrs",), copied_lists=("base_momentums", "max_momentums")
+    ),
+    "torch.optim.lr_scheduler.ReduceLROnPlateau": _Row(copied_lists=("min_lrs",), scaled_keys=(), restarts=False),
+    "torch.optim.swa_utils.SWALR": _Row(scaled_keys=("initial_lr", "swa_lr"), restarts=False),
+    "timm.scheduler.cosine_lr.CosineLRScheduler": _TIMM,
+    "timm.scheduler.multistep_lr.MultiStepLRScheduler": _TIMM,
+    "timm.scheduler.plateau_lr.PlateauLRScheduler": _TIMM,
+    "timm.scheduler.poly_lr.PolyLRScheduler": _TIMM,
+    "timm.scheduler.step_lr.StepLRScheduler": _TIMM,
+    "timm.scheduler.tanh_lr.TanhLRScheduler": _TIMM,
+    "timm.scheduler.wsd_lr.WSDLRScheduler": _TIMM,
+}
+
+
+def unwrapped(scheduler: Any) -> Any:
+    """What accelerate wraps, which only decides when it steps; any other scheduler itself."""
+    return scheduler.scheduler if _path(scheduler) == "accelerate.scheduler.AcceleratedScheduler" else scheduler
+
+
+def leaves(scheduler: Any) -> Iterator[Any]:
+    """The schedulers that compute rates: the scheduler, or all those within a sequence or a chain."""
+    return (part for part in _with_inner(scheduler) if type(part) not in {SequentialLR, ChainedScheduler})
+
+
+def is_known(leaf: Any) -> bool:
+    """Whether it is known what a scheduler keeps for each group."""
+    return _path(leaf) in _ROWS
+
+
+# --- the rate of a joining group
+
+
+class Floored(NamedTuple):
+    """What stands against a late join: a floor that took part in a way that depends on the past."""
+
+    scheduler: Any
+    floor: float
+
+
+def joining_rate(schedulers: Sequence[Any], template: dict[str, Any], index: int, ratio: float) -> RateMap | Floored:
+    """The map from the template's present learning rate to the joining group's, or why there is none.
+
+    Where no floor took part, the rates are homogeneous and the map is the ratio. Else it has to follow a scheduler's
+    own formula, `_along` one scheduler. That exists where `_followed` finds the one scheduler whose formula the present
+    rate follows, or where `_past_floor` can go on, in a sequence, from the map along the part before.
+
+    Args:
+        schedulers: Those of the optimizer, all known.
+        template: The live group that is cloned.
+        index: Its 0-based place among the optimizer's groups.
+        ratio: Learning rate of the joining group over that of the template, in (0, 1].
+    """
+    if ratio == 1:
+        return _copied
+    schedulers = [unwrapped(scheduler) for scheduler in schedulers]
+    all_leaves = [leaf for scheduler in schedulers for leaf in leaves(scheduler)]
+    if all(_stands_at_first(leaf, template, index, ratio) for leaf in all_leaves):
+        # timm's warm-up starts every group from one and the same rate.
+        return _copied if any(_warms_up_from(leaf) for leaf in all_leaves) else _times(ratio)
+    for leaf in all_leaves:
+        if type(leaf) is ReduceLROnPlateau and not _reduces_alike(leaf, index, float(template["lr"]) * ratio):
+            return Floored(leaf, leaf.min_lrs[index])
+    floored = next((leaf for scheduler in schedulers for leaf in _had_a_say(scheduler) if _floor(leaf)), None)
+    if floored is None:
+        return _times(ratio)
+    along = _along(schedulers[0], index, ratio) if len(schedulers) == 1 else None
+    return along or Floored(floored, _floor(floored))
+
+
+def _copied(rate: Rate) -> Rate:
+    return rate.clone() if isinstance(rate, Tensor) else rate
+
+
+def _times(ratio: float) -> RateMap:
+    return lambda rate: rate * ratio
+
+
+def _along(scheduler: Any, index: int, ratio: float) -> RateMap | None:
+    """The map between the two groups' rates along a scheduler's own formula, None where that depends on the past."""
+    if ratio == 1:
+        return _copied
+    if not any(_floor(leaf) for leaf in _had_a_say(scheduler)):
+        return _times(ratio)
+    leaf = _followed(scheduler)
+    if leaf is None or _row(leaf) is _TIMM:
+        return _past_floor(scheduler, index, ratio)
+    floor, base = _floor(leaf), leaf.base_lrs[index]
+    if not floor or leaf.last_epoch <= 0:
+        return _times(ratio)
+    if base == floor:  # the template stands still, and tells nothing of how far the cosine is
+        elapsed, period = (leaf.T_cur, leaf.T_i) if hasattr(leaf, "T_cur") else (leaf.last_epoch, leaf.T_max)
+        share = (1 + math.cos(math.pi * elapsed / period)) / 2
+        return lambda rate: rate * 0 + (floor + (base * ratio - floor) * share)
+    # Both groups' distances from the floor go through the same factors, so their quotient stays what it was at first.
+    quotient = (base * ratio - floor) / (base - floor)
+    return lambda rate: floor + (rate - floor) * quotient
+
+
+def _past_floor(scheduler: Any, index: int, ratio: float) -> RateMap | None:
+    """The map in a sequence whose present part goes on from the rate that the part before it, with a floor, left."""
+    if type(scheduler) is not SequentialLR:
+        return None
+    place = _place(scheduler)
+    before, present = scheduler._schedulers[place - 1 : place + 1]  # noqa: SLF001  # torch has no public name for them
+    along = _along(before, index, ratio) if place == 1 or _row(before).restarts else None
+    if along is None:
+        return None
+    left, swa = before.get_last_lr()[index], scheduler.optimizer.param_groups[index].get("swa_lr")
+    left_to_us = along(left)
+    if type(present) is SWALR and swa != left:
+        # It mixes the rate that it found with its own, by a share that can be read off.
+        return lambda rate: (swa * ratio - left_to_us) * ((rate - left) / (swa - left)) + left_to_us
+    if type(present) is MultiplicativeLR and left != 0:
+        return _times(left_to_us / left)
+    return None
+
+
+def _followed(scheduler: Any) -> Any | None:
+    """The scheduler whose own formula the rate follows now, None where it is a product of several."""
+    if type(scheduler) is SequentialLR:
+        place, restarts = _present(scheduler)
+        return _followed(scheduler._schedulers[place]) if place == 0 or restarts else None  # noqa: SLF001  # likewise
+    if type(scheduler) is ChainedScheduler:
+        inner = scheduler._schedulers  # noqa: SLF001  # likewise
+        return _followed(inner[0]) if len(inner) == 1 else None
+    return scheduler
+
+
+def _had_a_say(scheduler: Any) -> Iterator[Any]:
+    """The leaves that may have had a say in the present rate: in a sequence, those up to the present one."""
+    if type(scheduler) is SequentialLR:
+        place, restarts = _present(scheduler)
+        first = place if restarts else 0
+        for part in scheduler._schedulers[first : place + 1]:  # noqa: SLF001  # likewise
+            yield from _had_a_say(part)
+    elif type(scheduler) is ChainedScheduler:
+        for part in scheduler._schedulers:  # noqa: SLF001  # likewise
+            yield from _had_a_say(part)
+    else:
+        yield scheduler
+
+
+def _stands_at_first(leaf: Any, template: dict[str, Any], index: int, ratio: float) -> bool:
+    """Whether a scheduler still stands at its first value, or gives a joining group what it would give there."""
+    if _row(leaf) is _TIMM:
+        # timm's keep no count. At its base value any of them stands as at first, but WSD clamps low rates later on.
+        base = leaf.base_values[index]
+        clamps = type(leaf).__name__ == "WSDLRScheduler" and base * ratio < leaf.lr_min
+        first = leaf.warmup_lr_init if leaf.warmup_t else base
+        return float(template["lr"]) == float(first * template.get("lr_scale", 1.0)) and not clamps
+    return bool(leaf.last_epoch <= 0)  # in a sequence those to come stand at -1
+
+
+def _reduces_alike(plateau: Any, index: int, rate: float) -> bool:
+    """Whether a group at this rate would have gone through the reductions that the template went through."""
+    if plateau.last_epoch == 0:
+        return True
+    least = rate * (1 / plateau.factor - 1)  # what the last reduction took off
+    return bool(rate >= plateau.min_lrs[index] and least > plateau.eps)
+
+
+# --- the row of a joining group
+
+
+def join(scheduler: Any, groups: int, index: int, ratio: float, rate: RateMap) -> None:
+    """Give a scheduler, and those within it, the row of the group that has just become the optimizer's last.
+
+    Args:
+        scheduler: A known scheduler.
+        groups: Number of the optimizer's groups, the new one included.
+        index: 0-based place of the template among them.
+        ratio: Learning rate of the group over that of the template.
+        rate: What `joining_rate` gave for them.
+    """
+    scheduler = unwrapped(scheduler)
+    for part in _with_inner(scheduler):
+        row = _row(part)
+        if row is _TIMM:
+            scaled = ("base_values", "restore_lr", *(("warmup_steps",) if part.warmup_t else ()))
+            copied: tuple[str, ...] = () if part.warmup_t else ("warmup_steps",)
+        else:
+            scaled, copied = ("base_lrs", *row.scaled_lists), row.copied_lists
+        # What an inner scheduler reports is written anew at its next step, and no formula reads it, so that the ratio
+        # will do where `joining_rate` would find none for it alone.
+        own = rate if part is scheduler else _along(part, index, ratio) or _times(ratio)
+        changes: dict[str, RateMap] = {
+            **dict.fromkeys(scaled, _times(ratio)),
+            **dict.fromkeys(copied, lambda value: value),
+            "_last_lr": own,
+        }
+        for name, change in changes.items():
+            values = getattr(part, name, None)
+            # The length tells a list that was extended already: a composite's `_last_lr` may be its child's.
+            if values is not None and len(values) < groups:
+                values.append(change(values[index]))
+        if row is _TIMM and part.warmup_t and ratio != 1:
+            part.warmup_steps[-1] = _warmup_step(part)
+
+
+def leave(scheduler: Any, groups: int) -> None:
+    """Take back what `join` gave for groups from the 0-based place `groups` on."""
+    for part in _with_inner(unwrapped(scheduler)):
+        row = _row(part)
+        for name in ("base_lrs", "_last_lr", *row.scaled_lists, *row.copied_lists):
+            values = getattr(part, name, None)
+            if values is not None:
+                del values[groups:]
+
+
+def scaled_keys(schedulers: Sequence[Any]) -> tuple[str, ...]:
+    """The keys of a group that hold rates of the schedulers' rows, to be multiplied by the ratio."""
+    keys: dict[str, None] = {}
+    for scheduler in map(unwrapped, schedulers):
+        for leaf in leaves(scheduler):
+            keys.update(dict.fromkeys(_row(leaf).scaled_keys))
+    return tuple(keys)
+
+
+# --- what is known of a scheduler
+
+
+def _with_inner(scheduler: Any) -> Iterator[Any]:
+    """A scheduler and all within it; timm's plateau holds torch's."""
+    yield scheduler
+    if type(scheduler) in {SequentialLR, ChainedScheduler}:
+        for part in scheduler._schedulers:  # noqa: SLF001  # torch has no public name for them
+            yield from _with_inner(part)
+    elif _path(scheduler) == "timm.scheduler.plateau_lr.PlateauLRScheduler":
+        yield scheduler.lr_scheduler
+
+
+def _row(scheduler: Any) -> _Row:
+    return _ROWS.get(_path(scheduler), _COMPOSITE)
+
+
+def _path(scheduler: Any) -> str:
+    return f"{type(scheduler).__module__}.{type(scheduler).__qualname__}"
+
+
+def _place(sequential: Any) -> int:
+    return bisect_right(sequential._milestones, sequential.last_epoch)  # noqa: SLF001  # torch has no public name
+
+
+def _present(sequential: Any) -> tuple[int, bool]:
+    """The place of a sequence's present part, and whether that has taken over with rates of its own."""
+    place = _place(sequential)
+    present = sequential._schedulers[place]  # noqa: SLF001  # likewise
+    return place, place > 0 and _row(present).restarts
+
+
+def _floor(leaf: Any) -> float:
+    row = _row(leaf)
+    if row is _TIMM:
+        return getattr(leaf, "lr_min", 0.0) or _warms_up_from(leaf)
+    return next((getattr(leaf, name) for name in row.floors), 0.0)
+
+
+def _warms_up_from(leaf: Any) -> float:
+    return leaf.warmup_lr_init if _row(leaf) is _TIMM and leaf.warmup_t else 0.0
+
+
+def _warmup_step(scheduler: Any) -> float:
+    """A timm scheduler's warm-up step of its last group, as its constructor would have computed it."""
+    target = scheduler.base_values[-1]
+    if type(scheduler).__name__ == "TanhLRScheduler" and not scheduler.warmup_prefix:
+        target = scheduler._get_lr(scheduler.warmup_t)[-1]  # noqa: SLF001  # its own formula
+    step: float = (target - scheduler.warmup_lr_init) / scheduler.warmup_t
+    return step

@@ -1,0 +1,325 @@
+"""`OptimizerRebuilder`: brings a live optimizer in step with `requires_grad`, in place.
+
+What a sync does with a parameter of a block follows from where the parameter is and what it is. *Reached* are the
+deepest blocks that were unfrozen at some time; a plain `sync()` knows of none.
+
+| in its group | trainable | reached | on_refreeze | what happens                                             |
+| ------------ | --------- | ------- | ----------- | -------------------------------------------------------- |
+| yes          | yes       |         |             | it stays                                                 |
+| yes          | no        |         | keep        | it stays: without a gradient no step moves it            |
+| yes          | no        |         | drop        | it leaves, with its state                                |
+| no           | yes       |         |             | it joins                                                 |
+| no           | no        | yes     | keep        | it joins: a jump passed over the epoch at which it would |
+| no           | no        | yes     | drop        | it stays outside, and its group is made, empty           |
+| no           | no        | no      |             | it stays outside                                         |
+
+All that can be refused is refused before anything is changed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Hashable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, Literal, NamedTuple, get_args
+
+from torch.optim import Optimizer
+
+from unfreeze_sched._checks import as_count, as_ratio, one_of
+from unfreeze_sched.model.block import Block, validate_blocks
+from unfreeze_sched.optimizer import admission, groups, rates
+from unfreeze_sched.optimizer.groups import BLOCK_KEY, SUBSET_KEY
+from unfreeze_sched.optimizer.subsets import Overrides, Subset, subsets_of
+from unfreeze_sched.optimizer.warmup import Warmup
+from unfreeze_sched.optimizer.watch import Accumulation, FirstStep, Owners, Probe
+
+OnRefreeze = Literal["keep", "drop"]
+Membership = Literal["late", "declared"]
+
+
+@dataclass(frozen=True)
+class GroupChange:
+    """What a sync did to the optimizer; falsy where it did nothing.
+
+    Args:
+        added: Names of the parameters that joined, qualified where `encoder_blocks` knows them, else `block/name`.
+        dropped: Names of the parameters that left.
+    """
+
+    added: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.added or self.dropped)
+
+
+UNCHANGED = GroupChange()
+
+
+class _Join(NamedTuple):
+    subset: Subset  # what joins of it
+    template: int  # 0-based index of the group that it is like
+    group: dict[str, Any]  # a new one, or an empty live one that is filled
+    rate: rates.RateMap | None  # from the template's learning rate to the new group's; None where one is filled
+
+
+class OptimizerRebuilder:
+    """Diffs `requires_grad` against a live optimizer, and lets parameters join it in place.
+
+    The optimizer object, its groups and its state stay the same objects; a block that became trainable gets a group of
+    its own, a clone of the template's with
+
+        lr = template lr * learning_rate_scale * layer_decay ** (len(blocks) - 1 - i)
+
+    for block i (0-based, shallow to deep, so that the deepest has exponent 0), and each LR scheduler gets the group's
+    row. The run is then the one in which the parameters had been in the optimizer from the start, frozen.
+
+    Args:
+        optimizer: The live optimizer; it holds the head's parameters, and none of the blocks'.
+        blocks: The encoder's blocks, shallow to deep.
+        lr_schedulers: All the LR schedulers of the optimizer; None says that there is none.
+        learning_rate_scale: In (0, 1].
+        layer_decay: In (0, 1]; 1 gives all blocks the same rate.
+        template: 0-based index of the group that joining groups clone.
+        on_refreeze: What becomes of a parameter that is frozen again: `"keep"` leaves it in the optimizer with its
+            state, where no step moves it, `"drop"` takes it out and frees the state.
+        membership: `"late"` adds a block's group when the block joins, `"declared"` adds all groups now, empty, and
+            fills them later.
+        no_decay: True puts a block's norm and bias parameters into a second group with `weight_decay=0`; a function of
+            name and parameter returns the keys to override, and parameters with equal ones share a group. Such a group
+            is like your own first one that has these values already, else like the template.
+        warmup_steps: Optimizer steps over which a joining group's learning rate rises linearly, step i (0-based) at
+            `(i + 1) / warmup_steps` of its own; no LR scheduler sees it.
+        probe: Before the first step after parameters joined, `"ranks"` and `"local"` warn of those that no gradient
+            reached, and `"ranks"` also raises where their gradients differ across the ranks of a process group, as
+            under a DDP that does not cover them; `"off"` does neither.
+
+    Raises:
+        TypeError: An argument of the wrong type, or a scheduler of an unknown class.
+        ValueError: An argument out of range, a block's parameter that is in the optimizer already, an optimizer that
+            takes no further group, or an LR scheduler that was not passed.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+        >>> optimizer = torch.optim.AdamW(net[1].parameters(), lr=1.0)
+        >>> rebuilder = OptimizerRebuilder(optimizer, [Block("first", (net[0],))], learning_rate_scale=0.1)
+        >>> rebuilder.sync()
+        GroupChange(added=('first/weight', 'first/bias'), dropped=())
+        >>> optimizer.param_groups[1]["lr"], bool(rebuilder.sync())
+        (0.1, False)
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        blocks: Iterable[Block],
+        lr_schedulers: Sequence[Any] | None = (),
+        learning_rate_scale: float = 0.1,
+        layer_decay: float = 1.0,
+        template: int = 0,
+        on_refreeze: OnRefreeze = "keep",
+        membership: Membership = "late",
+        no_decay: bool | Overrides = False,
+        warmup_steps: int = 0,
+        probe: Probe = "ranks",
+    ) -> None:
+        self.blocks = validate_blocks(blocks)
+        admission.refuse_engine(optimizer, self.blocks)
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"`optimizer` must be a torch optimizer, got {type(optimizer).__name__}; pass the live one")
+        if lr_schedulers is not None and not isinstance(lr_schedulers, (list, tuple)):
+            raise TypeError(
+                f"`lr_schedulers` must be a sequence or None, got {type(lr_schedulers).__name__}; put it into a list"
+            )
+        self.optimizer = optimizer
+        self.lr_schedulers = lr_schedulers
+        self.on_refreeze: OnRefreeze = one_of(on_refreeze, "on_refreeze", get_args(OnRefreeze))
+        self.membership: Membership = one_of(membership, "membership", get_args(Membership))
+        keeps = "1 keeps the template's learning rate"
+        scale = as_ratio(learning_rate_scale, "learning_rate_scale", fix=keeps)
+        decay = as_ratio(layer_decay, "layer_decay", fix=keeps)
+        self._ratios = [scale * decay**depth for depth in range(len(self.blocks))][::-1]
+        self._template = as_count(template, "template", minimum=0, fix="0 is the head's group")
+        admission.refuse_template(optimizer, self._template)
+        late = membership == "late"
+        admission.refuse_optimizer(optimizer, self._template, self._ratios, late=late, drops=on_refreeze == "drop")
+        keys = optimizer.param_groups[self._template].keys()
+        self.subsets = [subsets_of(index, block, no_decay, keys) for index, block in enumerate(self.blocks)]
+        admission.refuse_members(optimizer, self.blocks)
+        self._admitted: set[Hashable] = set()
+        for subset in chain.from_iterable(self.subsets):
+            with suppress(ValueError):  # what does not fit is refused when it joins, if it ever does
+                self._admit(subset, self._template_of(subset))
+        warmup_steps = as_count(warmup_steps, "warmup_steps", minimum=0, fix="it is a number of optimizer steps")
+        admission.refuse_warmup(optimizer, warmup_steps)
+        one_of(probe, "probe", get_args(Probe))
+        admission.refuse_schedulers(optimizer, lr_schedulers)
+        declared = [] if late else [self._join(subset.only(()), None) for subset in self._subsets(self._all())]
+        # Nothing is refused from here on, so that no hook of a refused rebuilder stays behind.
+        self._carry_out(declared)
+        stepping = groups.innermost(optimizer)
+        self.owners = Owners(self.blocks, [list(chain(*(each.named for each in own))) for own in self.subsets])
+        self.accumulation = Accumulation(stepping, self._template)
+        self.first_step = FirstStep(stepping, probe)
+        self._warmup = Warmup(stepping, warmup_steps) if warmup_steps else None
+
+    def sync(self) -> GroupChange:
+        """Bring the optimizer in step with every block's `requires_grad`; twice is as good as once.
+
+        Returns:
+            What joined, deepest block first, and what left.
+
+        Raises:
+            ValueError: The change would go wrong; optimizer, schedulers and model are as they were.
+            RuntimeError: The model no longer holds a block's parameter, or an accumulation is not over; likewise.
+        """
+        return self.sync_blocks(self._all())
+
+    def sync_blocks(self, indices: Sequence[int], reached: int = 0, flipped: Iterable[int] = ()) -> GroupChange:
+        """As `sync`, for some of the blocks.
+
+        Args:
+            indices: 0-based indices of the blocks, deepest first.
+            reached: Number of blocks, from the deep end, that were unfrozen at some time.
+            flipped: Indices of the blocks whose `requires_grad` has just changed; the next step is to find gradients
+                for what is trainable of them.
+        """
+        admission.refuse_orphans(self.owners.orphans(indices))
+        joining, leaving = self._diff(indices, reached)
+        changed = {*flipped, *(subset.block for subset, _ in joining)}
+        if not changed and not leaving:
+            return UNCHANGED
+        admission.refuse_pending(pending=self.accumulation.is_pending())
+        if any(empty is None for _, empty in joining):
+            admission.refuse_schedulers(self.optimizer, self.lr_schedulers)
+        joins = [self._join(subset, empty) for subset, empty in joining]
+        self._carry_out(joins)
+        if self._warmup:
+            self._warmup.begin(join.group for join in joins if join.group["params"])
+        for group, left in leaving:
+            groups.leave(self.optimizer, group, left.parameters)
+        for subset in self._subsets(changed):
+            self.first_step.watch(subset.named)
+        return GroupChange(
+            tuple(chain.from_iterable(subset.names for subset, _ in joining)),
+            tuple(chain.from_iterable(left.names for _, left in leaving)),
+        )
+
+    def learning_rates(self) -> dict[str, float]:
+        """The learning rate of each block's group now, by the block's name."""
+        names = {block.name for block in self.blocks}
+        return {
+            group[BLOCK_KEY]: float(group["lr"])
+            for group in self.optimizer.param_groups
+            if group.get(BLOCK_KEY) in names and SUBSET_KEY not in group and group.get("lr") is not None
+        }
+
+    def _all(self) -> range:
+        return range(len(self.blocks) - 1, -1, -1)
+
+    def _subsets(self, indices: Iterable[int]) -> Iterable[Subset]:
+        return chain.from_iterable(self.subsets[index] for index in indices)
+
+    def _diff(
+        self, indices: Sequence[int], reached: int
+    ) -> tuple[list[tuple[Subset, dict[str, Any] | None]], list[tuple[dict[str, Any], Subset]]]:
+        """What joins, each with the empty group that waits for it, and what leaves which group: the table above."""
+        joining: list[tuple[Subset, dict[str, Any] | None]] = []
+        leaving: list[tuple[dict[str, Any], Subset]] = []
+        keep = self.on_refreeze == "keep"
+        for subset in self._subsets(indices):
+            own = self._groups_of(subset)
+            # By identity: a comparison by value would take a fresh layer for its twin.
+            inside = {id(parameter) for group in own for parameter in group["params"]}
+            was_reached = subset.block >= len(self.blocks) - reached
+            joins = subset
+            if inside or not (keep and was_reached):
+                joins = subset.only(
+                    (name, parameter)
+                    for name, parameter in subset.named
+                    if id(parameter) not in inside and (parameter.requires_grad or (was_reached and keep))
+                )
+            if joins.named or (was_reached and not own):
+                joining.append((joins, next((group for group in own if not group["params"]), None)))
+            if inside and not keep:
+                for group in own:
+                    held = set(map(id, group["params"]))
+                    left = subset.only((n, p) for n, p in subset.named if not p.requires_grad and id(p) in held)
+                    if left.named:
+                        leaving.append((group, left))
+        return joining, leaving
+
+    def _groups_of(self, subset: Subset) -> list[dict[str, Any]]:
+        """The live groups of a subset, found by their tags, since loading a state dict replaces them."""
+        name = self.blocks[subset.block].name
+        return [
+            group
+            for group in self.optimizer.param_groups
+            if group.get(BLOCK_KEY) == name and group.get(SUBSET_KEY, 0) == subset.number
+        ]
+
+    def _join(self, subset: Subset, empty: dict[str, Any] | None) -> _Join:
+        """How a subset joins: into the empty group that waits for it, else in a clone of its template."""
+        index = self._template_of(subset)
+        self._admit(subset, index)
+        if empty is not None:
+            return _Join(subset, index, empty, None)
+        template, ratio = self.optimizer.param_groups[index], self._ratios[subset.block]
+        rate = rates.joining_rate(self.lr_schedulers or (), template, index, ratio)
+        if isinstance(rate, rates.Floored):
+            admission.refuse_floor(rate.scheduler, rate.floor, ratio)
+        return _Join(subset, index, self._clone(subset, template, ratio, rate), rate)
+
+    def _template_of(self, subset: Subset) -> int:
+        """The user's own group that has the overrides already, as a head without decay may; else the template."""
+        if subset.overrides:
+            for index, group in enumerate(self.optimizer.param_groups):
+                if BLOCK_KEY not in group and all(group.get(key) == value for key, value in subset.overrides.items()):
+                    return index
+        return self._template
+
+    def _admit(self, subset: Subset, template: int) -> None:
+        group = self.optimizer.param_groups[template]
+        admission.refuse_unfit(self.optimizer, group, subset.samples, self._admitted)
+
+    def _clone(self, subset: Subset, template: dict[str, Any], ratio: float, rate: rates.RateMap) -> dict[str, Any]:
+        """A group like the live template: `add_param_group` alone would fill in the constructor's defaults instead."""
+        group = groups.group_like(self.optimizer, template)
+        for key in rates.scaled_keys(self.lr_schedulers or ()):
+            if key in group:
+                group[key] = group[key] * ratio
+        if template.get("lr") is not None:
+            group["lr"] = rate(template["lr"])
+        name = self.blocks[subset.block].name
+        group |= {**copy.deepcopy(subset.overrides), BLOCK_KEY: name}
+        if subset.number:
+            group[SUBSET_KEY] = subset.number
+        if "name" in group:  # loggers tell groups apart by it
+            group["name"] = f"{name}.{subset.number}" if subset.number else name
+        if "param_names" in template:
+            group["param_names"] = list(subset.names)
+        group["params"] = list(subset.parameters)
+        return group
+
+    def _carry_out(self, joins: Sequence[_Join]) -> None:
+        """Let groups join optimizer and schedulers, and parameters join empty groups: all or none."""
+        optimizer, schedulers = self.optimizer, self.lr_schedulers or ()
+        size = len(optimizer.param_groups)
+        try:
+            for subset, template, group, rate in joins:
+                if rate is None:
+                    groups.fill(optimizer, group, template, subset.parameters, subset.names)
+                    continue
+                ratio = self._ratios[subset.block]
+                groups.add(optimizer, group, template, ratio)
+                for scheduler in schedulers:
+                    rates.join(scheduler, len(optimizer.param_groups), template, ratio, rate)
+        except BaseException:  # an interrupt would leave the schedulers a row short for good
+            groups.take_back(optimizer, size, [join.group for join in joins if join.rate is None])
+            for scheduler in schedulers:
+                rates.leave(scheduler, size)
+            raise

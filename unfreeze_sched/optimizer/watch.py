@@ -1,0 +1,251 @@
+"""What watches a live run: who holds the parameters, which gradients are used, what the first step finds."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from operator import is_
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.optim import Optimizer
+
+from unfreeze_sched import parallel
+from unfreeze_sched._checks import listed, one_of, warn
+from unfreeze_sched.model.block import Block, Named
+from unfreeze_sched.optimizer.admission import refuse_differing
+
+Probe = Literal["ranks", "local", "off"]
+
+_Held = tuple[Mapping[str, Any], tuple[nn.Parameter | None, ...]]  # a module's own parameters: the dict, and its values
+_SHOWN = 10
+# Norms of equal gradients may differ in their last bits on ranks with unlike hardware; those of other batches differ
+# by far more.
+_RELATIVE_TOLERANCE = 1e-9
+
+
+class Owners:
+    """Notices a parameter that its block's modules no longer hold, such as after `load_state_dict(assign=True)`.
+
+    The optimizer would go on to train the old tensor, and the model would stand still. A parameter that is a member of
+    its block by itself has no module here that could tell.
+
+    Args:
+        blocks: The blocks, shallow to deep.
+        named: The parameters of each block, by name.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> owners = Owners([Block("first", (layer,))], [list(layer.named_parameters())])
+        >>> layer.weight = nn.Parameter(layer.weight.detach().clone())
+        >>> owners.are_in_place(), owners.orphans([0])
+        (False, ['weight'])
+    """
+
+    def __init__(self, blocks: Sequence[Block], named: Sequence[Sequence[Named]]) -> None:
+        self._blocks = blocks
+        self._named = named
+        self._held = [_held(block) for block in blocks]
+        self._firsts = [first for held in self._held if (first := _first(held))]
+
+    def are_in_place(self) -> bool:
+        """Whether each block still holds the first of its parameters: cheap, and what replaces one replaces all."""
+        return all(parameters.get(key) is parameter for parameters, key, parameter in self._firsts)
+
+    def orphans(self, indices: Iterable[int]) -> list[str]:
+        """The names of parameters that the first of these blocks with any does not hold any more.
+
+        Args:
+            indices: 0-based indices of the blocks to look at.
+        """
+        for index in indices:
+            if all(_is_untouched(*held) for held in self._held[index]):
+                continue
+            # A parametrization keeps the parameter in another module.
+            inside = set(map(id, self._blocks[index].parameters()))
+            orphans = [name for name, parameter in self._named[index] if id(parameter) not in inside]
+            if orphans:
+                return orphans
+        return []
+
+
+def _held(block: Block) -> list[_Held]:
+    held = (module._parameters for module in block.modules())  # noqa: SLF001  # without its children's
+    return [(parameters, tuple(parameters.values())) for parameters in held if parameters]
+
+
+def _first(held: Iterable[_Held]) -> tuple[Mapping[str, Any], str, nn.Parameter] | None:
+    """The first parameter that a module holds, with its place."""
+    return next(
+        ((own, key, parameter) for own, _ in held for key, parameter in own.items() if parameter is not None), None
+    )
+
+
+def _is_untouched(parameters: Mapping[str, Any], values: tuple[nn.Parameter | None, ...]) -> bool:
+    """Whether a module holds what it held; without a loop in Python, since each transition asks it of all modules."""
+    return len(parameters) == len(values) and all(map(is_, parameters.values(), values))
+
+
+class Accumulation:
+    """Tells gradients of an accumulation that is not over from gradients that the last step has used.
+
+    A transition in its middle would let the joining parameters see a part of the gradient alone. That a gradient is
+    there says nothing: many loops clear it before the backward pass, not after the step. So the smallest parameter of
+    one group is watched, whose gradient changes with each backward pass.
+
+    Args:
+        optimizer: The live optimizer, or what is innermost of its wrappers.
+        template: 0-based index of the group to watch.
+    """
+
+    def __init__(self, optimizer: Optimizer, template: int) -> None:
+        self._optimizer = optimizer
+        self._parameter = min(optimizer.param_groups[template]["params"], key=Tensor.numel, default=None)
+        self._used: tuple[Tensor, int] | None = None
+        self._note()
+        optimizer.register_step_post_hook(self._note)
+
+    def is_pending(self) -> bool:
+        """Whether there are gradients that no step has used."""
+        gradient = None if self._parameter is None else self._parameter.grad
+        if gradient is None or (
+            self._used is not None and gradient is self._used[0] and gradient._version == self._used[1]  # noqa: SLF001
+        ):
+            return False
+        if not gradient.count_nonzero():
+            return False  # zero_grad(set_to_none=False)
+        # A step that GradScaler left out, since a gradient overflowed, has used them as well.
+        gradients = (
+            parameter.grad
+            for group in self._optimizer.param_groups
+            for parameter in group["params"]
+            if parameter.grad is not None
+        )
+        return all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
+
+    def _note(self, *_: Any) -> None:
+        gradient = None if self._parameter is None else self._parameter.grad
+        # The object itself is kept, small as it is: an address would be used again by the next gradient.
+        self._used = None if gradient is None else (gradient, gradient._version)  # noqa: SLF001  # torch's own counter
+
+
+class FirstStep:
+    """Looks at the gradients of newly trainable parameters once, before the first step that could use them.
+
+    Did each get one, and the same on all ranks? No gradient is looked at between that step and the next transition.
+
+    Args:
+        optimizer: The live optimizer, or what is innermost of its wrappers.
+        probe: `"ranks"` also compares the gradients across ranks where a process group is up, by one collective call on
+            all ranks; `"local"` looks at this process alone, as local SGD needs; `"off"` does not look.
+
+    Raises:
+        ValueError: `probe` is none of these.
+    """
+
+    def __init__(self, optimizer: Optimizer, probe: Probe) -> None:
+        self._probe: Probe = one_of(probe, "probe", get_args(Probe))
+        self._optimizer = optimizer
+        self._watched: list[Sequence[Named]] = []
+        self._handle: Any = None
+        if probe != "off":
+            optimizer.register_step_post_hook(self._after_step)
+
+    def watch(self, named: Sequence[Named]) -> None:
+        """Look at those of these parameters that are trainable when the next step begins."""
+        if self._probe == "off" or not named:
+            return
+        self._watched.append(named)
+        if self._handle is None:
+            self._handle = self._optimizer.register_step_pre_hook(self._before_step)
+
+    def _before_step(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self._watched:  # the last step was cut short after the look
+            return None
+        optimizer, *given = args
+        closure = given[0] if given else kwargs.get("closure")
+        if closure is None:
+            self._look()
+            return None
+
+        def probed() -> Any:  # the gradients come to be within the step
+            loss = closure()
+            self._look()
+            return loss
+
+        return ((optimizer, probed, *given[1:]), kwargs) if given else (args, {**kwargs, "closure": probed})
+
+    def _after_step(self, *_: Any) -> None:
+        # Not sooner: torch walks the pre-hooks, and another's may come after this one.
+        if self._handle is not None and not self._watched:
+            self._handle.remove()
+            self._handle = None
+
+    def _look(self) -> None:
+        watched = {name: parameter for named in self._watched for name, parameter in named if parameter.requires_grad}
+        compared = self._probe == "ranks" and parallel.process_group() is not None
+        if compared:
+            differing, seen = differing_gradients(watched)
+            refuse_differing(differing)
+            if not seen:
+                return  # no gradient but zero on any rank, which tells nothing; all ranks look again
+        missing = [name for name, parameter in watched.items() if parameter.grad is None and parameter.numel()]
+        if not compared and len(missing) == len(watched) and not self._has_gradients():
+            return  # a step without a backward pass
+        self._watched.clear()
+        if missing:
+            warn(
+                f"no gradient reached {listed(missing, _SHOWN)} in the first step after unfreezing, so they do not "
+                "train: a branch that the loss does not use, or a frozen input of torch.utils.checkpoint, whose fix is "
+                "use_reentrant=False"
+            )
+
+    def _has_gradients(self) -> bool:
+        return any(p.grad is not None for group in self._optimizer.param_groups for p in group["params"])
+
+
+def differing_gradients(named: Mapping[str, nn.Parameter]) -> tuple[list[str], bool]:
+    """Compare gradients across ranks by their norms; a collective call.
+
+    Args:
+        named: The same parameters, in the same order, on all ranks. Sharded ones are left out: each rank has its own.
+
+    Returns:
+        The names of those that differ, and whether any gradient is other than zero on any rank.
+    """
+    whole = {name: parameter for name, parameter in named.items() if not _is_sharded(parameter)}
+    if not whole:
+        return [], True
+    device = next(iter(whole.values())).device
+    norms = torch.stack([_norm(parameter.grad, device) for parameter in whole.values()])
+    extremes = torch.cat([norms, -norms])
+    distributed.all_reduce(extremes, op=distributed.ReduceOp.MAX)
+    highest, lowest = extremes[: len(whole)].tolist(), (-extremes[len(whole) :]).tolist()
+    return (
+        [
+            name
+            for name, high, low in zip(whole, highest, lowest, strict=True)
+            if not math.isclose(high, low, rel_tol=_RELATIVE_TOLERANCE)
+        ],
+        any(highest),
+    )
+
+
+def _norm(gradient: Tensor | None, device: torch.device) -> Tensor:
+    """The gradient's 2-norm in double precision; 0 for none, -1 for one that is not finite."""
+    if gradient is None:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    values = gradient.detach()
+    if values.is_sparse:
+        values = values.coalesce().values()
+    norm = torch.linalg.vector_norm(values, dtype=torch.complex128 if values.is_complex() else torch.float64).real
+    return torch.where(torch.isfinite(norm), norm, -torch.ones_like(norm)).to(device, torch.float64)
+
+
+def _is_sharded(parameter: nn.Parameter) -> bool:
+    tensor = sys.modules.get("torch.distributed.tensor")  # not loaded, not used
+    return (tensor is not None and isinstance(parameter, tensor.DTensor)) or getattr(
+        parameter, "_fsdp_flattened", False
+    )

@@ -1,0 +1,232 @@
+"""Presets: when blocks are unfrozen, and how much lower their learning rate is. Pure and validated; no torch."""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping
+from fractions import Fraction
+from math import ceil
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import PlainSerializer, PlainValidator, WithJsonSchema, model_validator
+
+from unfreeze_sched._checks import FrozenModel, as_count, count_field, ratio_field
+
+_Scale = Annotated[float, ratio_field("0.1 gives a joining block a tenth of the head's learning rate", zero=False)]
+_Share = Annotated[float, ratio_field("it is a share of total_epochs, such as 0.2", zero=True)]
+
+
+class RatePreset(FrozenModel):
+    """One more block every `unfreeze_rate` epochs, from `unfreeze_start_epoch` on.
+
+        n(e) = 0                                              for e < start
+        n(e) = min(total_blocks, 1 + (e - start) // rate)     for e >= start
+
+    Args:
+        unfreeze_start_epoch: 0-based epoch at which the first block, the deepest, is unfrozen.
+        unfreeze_rate: Epochs from one block to the next, at least 1.
+        learning_rate_scale: Ratio of a joining block's learning rate to the head's, in (0, 1].
+
+    Raises:
+        pydantic.ValidationError: A ValueError that names the field, the value and one fix.
+
+    Example:
+        >>> preset = RatePreset(unfreeze_start_epoch=2, unfreeze_rate=3)
+        >>> [preset.blocks_at(epoch, total_blocks=3, total_epochs=10) for epoch in range(10)]
+        [0, 0, 1, 1, 1, 2, 2, 2, 3, 3]
+    """
+
+    kind: Literal["rate"] = "rate"
+    unfreeze_start_epoch: Annotated[int, count_field(0, "epochs are 0-based whole numbers, such as 10")] = 10
+    unfreeze_rate: Annotated[int, count_field(1, "it is a whole number of epochs, such as 5")] = 5
+    learning_rate_scale: _Scale = 0.1
+
+    def blocks_at(self, epoch: int, total_blocks: int, total_epochs: int) -> int:
+        """The number of unfrozen blocks at a 0-based epoch; `total_epochs` plays no part."""
+        del total_epochs
+        if epoch < self.unfreeze_start_epoch:
+            return 0
+        return min(total_blocks, 1 + (epoch - self.unfreeze_start_epoch) // self.unfreeze_rate)
+
+    def change_epochs(self, total_blocks: int, total_epochs: int) -> Iterator[int]:
+        """The epochs before `total_epochs` at which the number may change, ascending."""
+        last = self.unfreeze_start_epoch + total_blocks * self.unfreeze_rate
+        yield from range(self.unfreeze_start_epoch, min(last, total_epochs), self.unfreeze_rate)
+
+
+class Milestones(Mapping[int, int]):
+    """Epoch -> number of blocks: read-only, hashable, equal to a dict with the same items."""
+
+    def __init__(self, items: Mapping[int, int]) -> None:
+        self._items = dict(items)
+
+    def __getitem__(self, epoch: int) -> int:
+        return self._items[epoch]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self._items.items()))
+
+    def __repr__(self) -> str:
+        return repr(self._items)
+
+
+def _milestones(value: Any) -> Milestones:
+    if not isinstance(value, Mapping) or not value:
+        raise ValueError(
+            f"`milestones` must map epochs to numbers of blocks, got {value!r}; pass a dict such as {{10: 1, 20: 4}}"
+        )
+    items: dict[int, int] = {}
+    last = -1
+    for key, number in value.items():
+        # JSON has string keys alone, so the decimal form of an epoch is read as that epoch.
+        epoch = int(key) if isinstance(key, str) and re.fullmatch(r"0|[1-9][0-9]{0,17}", key) else key
+        try:
+            epoch = as_count(epoch, "milestones", minimum=0, fix="its keys are 0-based epochs, such as 10")
+            blocks = as_count(number, f"milestones[{epoch}]", minimum=0, fix="it is a number of blocks, such as 1")
+        except TypeError as error:  # pydantic gathers ValueErrors alone
+            raise ValueError(str(error)) from None
+        if epoch <= last:
+            raise ValueError(f"`milestones` must have ascending epochs, got {epoch} after {last}; sort them")
+        items[epoch] = blocks
+        last = epoch
+    return Milestones(items)
+
+
+class MilestonePreset(FrozenModel):
+    """The number of unfrozen blocks, stated by epoch; where it goes down, blocks are frozen again.
+
+        n(e) = the number at the last milestone that is <= e, 0 before the first
+
+    Args:
+        milestones: 0-based epoch -> number of unfrozen blocks; ascending epochs, of which JSON's strings are read.
+        learning_rate_scale: Ratio of a joining block's learning rate to the head's, in (0, 1].
+
+    Raises:
+        pydantic.ValidationError: A ValueError that names the field, the value and one fix.
+
+    Example:
+        >>> preset = MilestonePreset(milestones={1: 1, 3: 4})
+        >>> [preset.blocks_at(epoch, total_blocks=7, total_epochs=5) for epoch in range(5)]
+        [0, 1, 1, 4, 4]
+    """
+
+    kind: Literal["milestones"] = "milestones"
+    milestones: Annotated[
+        Mapping[int, int],
+        # Plain, since pydantic's own validation of a Mapping hands back a dict, which changes and has no hash.
+        PlainValidator(_milestones),
+        PlainSerializer(dict, return_type=dict[int, int]),
+        WithJsonSchema({"type": "object", "additionalProperties": {"type": "integer", "minimum": 0}}),
+    ]
+    learning_rate_scale: _Scale = 0.1
+
+    def blocks_at(self, epoch: int, total_blocks: int, total_epochs: int) -> int:
+        """The number of unfrozen blocks at a 0-based epoch; the totals play no part."""
+        del total_blocks, total_epochs
+        epochs = list(self.milestones)
+        place = bisect_right(epochs, epoch)
+        return self.milestones[epochs[place - 1]] if place else 0
+
+    def change_epochs(self, total_blocks: int, total_epochs: int) -> Iterator[int]:
+        """The epochs before `total_epochs` at which the number may change, ascending."""
+        del total_blocks
+        yield from (epoch for epoch in self.milestones if epoch < total_epochs)
+
+
+class FractionPreset(FrozenModel):
+    """Blocks spread evenly over a part of the run, T = total_epochs.
+
+        n(e) = 0                                                                        for e < start * T
+        n(e) = min(total_blocks, 1 + floor(total_blocks * (e - start*T) / ((end - start)*T)))   in between
+        n(e) = total_blocks                                                             for e >= end * T
+
+    Computed exactly; a float stands for the decimal that it is written as, so `start=0.2` is 1/5.
+
+    Args:
+        start: Share of the run after which the first block is unfrozen, in [0, 1), below `end`.
+        end: Share of the run after which all blocks are unfrozen, in (0, 1].
+        learning_rate_scale: Ratio of a joining block's learning rate to the head's, in (0, 1].
+
+    Raises:
+        pydantic.ValidationError: A ValueError that names the field, the value and one fix.
+
+    Example:
+        >>> preset = FractionPreset(start=0.2, end=0.8)
+        >>> [preset.blocks_at(epoch, total_blocks=3, total_epochs=10) for epoch in range(10)]
+        [0, 0, 1, 1, 2, 2, 3, 3, 3, 3]
+    """
+
+    kind: Literal["fraction"] = "fraction"
+    start: _Share = 0.2
+    end: _Share = 0.8
+    learning_rate_scale: _Scale = 0.1
+
+    @model_validator(mode="after")
+    def _start_before_end(self) -> Self:
+        if self.start >= self.end:
+            raise ValueError(f"`start` must be below `end`, got {self.start} and {self.end}; lower `start`")
+        return self
+
+    def blocks_at(self, epoch: int, total_blocks: int, total_epochs: int) -> int:
+        """The number of unfrozen blocks at a 0-based epoch."""
+        start, end = self._bounds(total_epochs)
+        if epoch < start:
+            return 0
+        if epoch >= end:
+            return total_blocks
+        return min(total_blocks, 1 + int(total_blocks * (epoch - start) / (end - start)))
+
+    def change_epochs(self, total_blocks: int, total_epochs: int) -> Iterator[int]:
+        """The epochs before `total_epochs` at which the number may change, ascending."""
+        start, end = self._bounds(total_epochs)
+        epochs = (ceil(start + block * (end - start) / total_blocks) for block in range(total_blocks))
+        yield from sorted({epoch for epoch in epochs if epoch < total_epochs})
+
+    def _bounds(self, total_epochs: int) -> tuple[Fraction, Fraction]:
+        return Fraction(repr(self.start)) * total_epochs, Fraction(repr(self.end)) * total_epochs
+
+
+SMALL = RatePreset(unfreeze_start_epoch=20, unfreeze_rate=10, learning_rate_scale=0.01)
+"""For fewer than 1,000 training images."""
+
+MEDIUM = RatePreset(unfreeze_start_epoch=10, unfreeze_rate=5, learning_rate_scale=0.1)
+"""For 1,000 to 10,000 training images."""
+
+LARGE = RatePreset(unfreeze_start_epoch=5, unfreeze_rate=3, learning_rate_scale=0.3)
+"""For more than 10,000 training images."""
+
+PRESETS = {"small": SMALL, "medium": MEDIUM, "large": LARGE}
+"""The three of the guide, by name."""
+
+Preset = RatePreset | MilestonePreset | FractionPreset
+"""Any preset; told apart by `kind`."""
+
+_MEDIUM_FROM = 1_000
+_MEDIUM_UP_TO = 10_000
+
+
+def preset_for(n_images: int) -> RatePreset:
+    """The preset for a training set's size: `SMALL` below 1,000 images, `LARGE` above 10,000, else `MEDIUM`.
+
+    Args:
+        n_images: Number of training images, at least 1.
+
+    Raises:
+        TypeError: `n_images` is no integer.
+        ValueError: `n_images` is below 1.
+
+    Example:
+        >>> preset_for(1_000) is MEDIUM
+        True
+    """
+    n_images = as_count(n_images, "n_images", minimum=1, fix="count the training images")
+    if n_images < _MEDIUM_FROM:
+        return SMALL
+    return MEDIUM if n_images <= _MEDIUM_UP_TO else LARGE
