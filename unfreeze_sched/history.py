@@ -25,7 +25,7 @@ _SUFFIXES = (".png", ".svg", ".pdf")
 _LISTED = 3  # more blocks than these, joining at once, are told by the first and the last
 
 
-@dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid"))
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class Transition:
     """A change of the number of unfrozen blocks, or the moment at which something began to hold it.
 
@@ -45,11 +45,11 @@ class Transition:
         Transition(epoch=10, number=1, total=7, learning_rates={'layer4': 0.0001}, reason='schedule')
     """
 
-    epoch: Annotated[int, Field(ge=0)]
-    number: Annotated[int, Field(ge=0)]
-    total: Annotated[int, Field(ge=1)]
-    learning_rates: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = field(hash=False)
-    reason: str
+    epoch: Annotated[int, Field(ge=0, strict=True)]
+    number: Annotated[int, Field(ge=0, strict=True)]
+    total: Annotated[int, Field(ge=1, strict=True)]
+    learning_rates: dict[str, Annotated[float, Field(allow_inf_nan=False, strict=True)]] = field(hash=False)
+    reason: Annotated[str, Field(strict=True)]
 
     @model_validator(mode="after")
     def _numbers_fit(self) -> Self:

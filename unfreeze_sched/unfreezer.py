@@ -389,11 +389,10 @@ class ProgressiveUnfreezer:
                 "`state_dict` must be of this schedule and these blocks, got "
                 f"{listed(found, most=5, separator='; ')}; rebuild what was saved"
             )
-        total = len(self.blocks)
-        if saved.applied and saved.applied[1] > total:
+        if saved.applied and saved.applied[1] > len(self.blocks):
             raise ValueError(
-                f"`state_dict['applied']` must be at most {total}, the number of blocks, got {saved.applied[1]}; "
-                "pass a saved state_dict() as it is"
+                f"`state_dict` must be one that ProgressiveUnfreezer gave, got applied={list(saved.applied)} of "
+                f"{len(self.blocks)} blocks; pass a saved state_dict() as it is"
             )
         if len(saved.caps) != len(self.caps):
             raise ValueError(

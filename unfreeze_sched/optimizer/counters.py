@@ -42,23 +42,25 @@ def written(cls: Hashable) -> frozenset[str]:
     for base in inspect.getmro(cast("type", cls)):
         if base in {Optimizer, object}:
             break
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
-        except (OSError, TypeError, SyntaxError):
-            warn(
-                f"`optimizer` should be of a class whose source can be read, got {base.__qualname__}: which keys of its "
-                f"groups count steps is not known, so {', '.join(sorted(_USUAL_COUNTERS))} start anew in a joining "
-                "group; define the class in a file"
-            )
-            return frozenset(keys) | _USUAL_COUNTERS
-        methods = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
-        for method in methods:
-            if method.name not in _NOT_STEPPING:
-                keys.update(_stores(method))
+        # By method, since a class may claim another module than the one that it is written in.
+        methods = {name: inspect.unwrap(value) for name, value in vars(base).items() if callable(value)}
+        for name, method in methods.items():
+            if name in _NOT_STEPPING or not inspect.isroutine(method):
+                continue
+            try:
+                tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
+            except (OSError, TypeError, SyntaxError):
+                warn(
+                    f"`optimizer` should be of a class whose source can be read, got {base.__qualname__}: which keys "
+                    f"of its groups count steps is not known, so {', '.join(sorted(_USUAL_COUNTERS))} start anew in a "
+                    "joining group; define the class in a file"
+                )
+                return frozenset(keys) | _USUAL_COUNTERS
+            keys.update(_stores(tree))
     return frozenset(keys)
 
 
-def _stores(method: ast.FunctionDef) -> Iterator[str]:
+def _stores(method: ast.AST) -> Iterator[str]:
     """The keys of `group["key"] = ...`, under whatever name with `group` in it; `state[...]` is no group."""
     for node in ast.walk(method):
         if (

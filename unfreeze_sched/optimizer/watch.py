@@ -155,7 +155,7 @@ class FirstStep:
 
     def watch(self, named: Sequence[Named]) -> None:
         """Look at those of these parameters that are trainable when the next step begins."""
-        if self._probe == "off" or not named:
+        if self._probe == "off" or not any(parameter.requires_grad for _, parameter in named):
             return
         self._watched.append(named)
         if self._handle is None:
