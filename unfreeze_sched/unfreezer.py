@@ -15,6 +15,7 @@ from unfreeze_sched._checks import as_count, as_state, differences, listed, one_
 from unfreeze_sched.guards import Cap
 from unfreeze_sched.history import History, Transition
 from unfreeze_sched.model import Block
+from unfreeze_sched.model.block import validate_blocks
 from unfreeze_sched.model.freezing import Norms, drop_gradients, hold_in_eval, norms_of, release, set_requires_grad
 from unfreeze_sched.optimizer import GroupChange, OptimizerRebuilder, admission
 from unfreeze_sched.optimizer.groups import take_out, why_no_rate
@@ -197,11 +198,11 @@ class ProgressiveUnfreezer:
         if not isinstance(model, nn.Module):
             raise TypeError(f"`model` must be an nn.Module, got {type(model).__name__}; pass the bare model")
         if not isinstance(preset, get_args(Preset)):
-            raise TypeError(f"`preset` must be a preset, got {type(preset).__name__}; pass MEDIUM, or a RatePreset")
-        total = as_count(total_epochs, "total_epochs", minimum=1, fix="it is the number of epochs, such as 50")
+            raise TypeError(f"`preset` must be a preset, got {type(preset).__name__}; pass MEDIUM, or make a RatePreset")
+        total = as_count(total_epochs, "total_epochs", minimum=1, fix="it is the number of epochs of the run, such as 50")
         if blocks is not None and head is not None:
             raise ValueError("`head` must be left out where blocks are given, got both; what is in no block is head")
-        blocks = encoder_blocks(model, head=head) if blocks is None else tuple(blocks)
+        blocks = encoder_blocks(model, head=head) if blocks is None else validate_blocks(blocks)
         return cls.taking_out(
             blocks,
             optimizer,

@@ -495,7 +495,7 @@ def test_arguments_are_checked_at_once(call: Any, error: type[Exception], text: 
 
 def test_an_unknown_keyword_is_named() -> None:
     """A keyword that the unfreezer does not have is refused where the callback is made, not in the fit."""
-    with pytest.raises(TypeError, match=r"`layer_dekay` must be a keyword of ProgressiveUnfreezer \(.*layer_decay.*\)"):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'layer_dekay'"):
         UnfreezeCallback(PRESET, layer_dekay=0.5)
 
 
@@ -539,7 +539,6 @@ SCRIPT = """
 import sys
 from pathlib import Path
 
-sys.path.insert(0, sys.argv[2])
 from processes import leave
 from test_lightning import *
 
@@ -582,8 +581,10 @@ def test_ddp_on_two_processes(tmp_path: Path) -> None:
     """Under both kinds of `ddp` two ranks keep equal to the bit, through a resume too, and equal a run on joint batches."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    command = [sys.executable, str(script), str(tmp_path), str(Path(__file__).parent)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    command = [sys.executable, str(script), str(tmp_path)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, check=False, env=environment()
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     runs = {path.stem: torch.load(path, weights_only=True) for path in tmp_path.glob("*.pt")}
     for name in ("plain-1", "resumed-0", "resumed-1"):

@@ -16,7 +16,6 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from unfreeze_sched import Block, ProgressiveUnfreezer, RatePreset, UnfreezeSchedule
-from unfreeze_sched.integrations.loop import unfreezer_for
 
 EPOCHS = 5
 PRESET = RatePreset(unfreeze_start_epoch=1, unfreeze_rate=1, learning_rate_scale=0.5)
@@ -37,7 +36,7 @@ def make() -> tuple[Net, Any, Any]:
 
 
 def unfreezer_of(net: Net, optimizer: Any, scheduler: Any) -> ProgressiveUnfreezer:
-    return unfreezer_for(net, optimizer, EPOCHS, [scheduler], PRESET, net.make_blocks())
+    return ProgressiveUnfreezer.from_model(net, optimizer, EPOCHS, [scheduler], PRESET, blocks=net.make_blocks())
 
 
 def plain_loop() -> tuple[Net, Any, Any]:
@@ -63,7 +62,7 @@ def assert_equal(ours: tuple[Net, Any, Any], theirs: tuple[Net, Any, Any]) -> No
     assert differences(*([each.state_dict() for each in objects] for objects in (ours, theirs))) == []
 
 
-# --- unfreezer_for
+# --- from_model
 
 
 def test_parameters_are_taken_out_in_place() -> None:
@@ -76,7 +75,7 @@ def test_parameters_are_taken_out_in_place() -> None:
     optimizer.step()
     optimizer.zero_grad()
     moment = optimizer.state[net.head.weight]["exp_avg"]
-    unfreezer_for(net, optimizer, 50, blocks=Net.make_blocks)
+    ProgressiveUnfreezer.from_model(net, optimizer, 50, blocks=net.make_blocks())
     assert optimizer.param_groups == [group]
     assert group["params"] is params
     assert [id(p) for p in params] == [id(net.head.weight), id(net.head.bias)]
@@ -104,7 +103,7 @@ def test_parameters_are_taken_out_in_place() -> None:
             "`lr_schedulers` must drive this optimizer, got a StepLR of another one; make the scheduler from the optimizer that is passed here",
         ),
         (
-            {"blocks": lambda net: [Block("all", (net,))]},
+            {"blocks": "all"},
             ValueError,
             "`blocks` must leave parameters to the optimizer, got all that it holds; leave the head out of the blocks",
         ),
@@ -117,9 +116,11 @@ def test_what_is_refused_changes_nothing(change: dict[str, Any], error: type[Exc
     net(torch.randn(4, 4).double()).sum().backward()
     optimizer.step()
     before = copy.deepcopy(optimizer.state_dict())
-    arguments = {"model": net, "optimizer": optimizer, "total_epochs": 50, "blocks": Net.make_blocks} | change
+    arguments = {"model": net, "optimizer": optimizer, "total_epochs": 50, "blocks": net.make_blocks()} | change
+    if arguments["blocks"] == "all":
+        arguments["blocks"] = [Block("all", (net,))]
     with pytest.raises(error, match=re.escape(text)):
-        unfreezer_for(**arguments)
+        ProgressiveUnfreezer.from_model(**arguments)
     assert differences(optimizer.state_dict(), before) == []
     assert all(p.requires_grad for p in net.parameters())
 
@@ -248,7 +249,7 @@ def test_fastai_has_optimizers_of_its_own() -> None:
     with pytest.raises(
         TypeError, match=re.escape("`optimizer` must be a torch optimizer, got Optimizer; pass the live one")
     ):
-        unfreezer_for(net, own.Adam(list(net.parameters()), lr=0.01), 50, blocks=net.make_blocks())
+        ProgressiveUnfreezer.from_model(net, own.Adam(list(net.parameters()), lr=0.01), 50, blocks=net.make_blocks())
 
 
 # --- the guide
@@ -303,7 +304,7 @@ def fastai_names(tmp_path: Path) -> dict[str, Any]:
     core, wrap = pytest.importorskip("fastai.callback.core"), pytest.importorskip("fastai.optimizer")
     batches = data.DataLoaders(*(load.DataLoader(images(), bs=2, num_workers=0) for _ in range(2)))
     names = {"torch": torch, "nn": nn, "dls": batches, "folder": tmp_path, "Callback": core.Callback}
-    names |= {"Learner": learner.Learner, "OptimWrapper": wrap.OptimWrapper, "unfreezer_for": unfreezer_for}
+    names |= {"Learner": learner.Learner, "OptimWrapper": wrap.OptimWrapper}
     return names | {"model": timm.create_model("test_resnet", num_classes=2)}
 
 

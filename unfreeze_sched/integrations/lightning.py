@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from unfreeze_sched._checks import as_count
-from unfreeze_sched.integrations._common import Blocks, Plan, Schedule
-from unfreeze_sched.model.freezing import norms_of
+from unfreeze_sched.guards import Cap
+from unfreeze_sched.integrations._callback import Arguments, Blocks, Head, Schedule
+from unfreeze_sched.model.freezing import Norms, norms_of
 from unfreeze_sched.optimizer.groups import layers
+from unfreeze_sched.optimizer.rebuilder import Membership, OnRefreeze
+from unfreeze_sched.optimizer.subsets import Overrides
+from unfreeze_sched.optimizer.watch import Probe
 from unfreeze_sched.parallel import rewrap_ddp
 from unfreeze_sched.unfreezer import ProgressiveUnfreezer
 
@@ -42,13 +46,23 @@ class UnfreezeCallback(Callback):
     Args:
         schedule: An `UnfreezeSchedule`, or a preset, which is then laid over the Trainer's `max_epochs`.
         blocks: The blocks, shallow to deep, or a function of the LightningModule that returns them; None takes
-            `encoder_blocks(module)`.
+            `encoder_blocks(module, head=head)`.
+        head: What trains from the start, as for `encoder_blocks`, or a function of the LightningModule.
         optimizer: 0-based index among the optimizers of `configure_optimizers`.
         monitor: Name of a metric, logged in validation, that `caps` are fed with.
-        **keywords: The others of `ProgressiveUnfreezer`, such as `layer_decay=0.8`.
+        learning_rate_scale: As for `ProgressiveUnfreezer`, like all that follow.
+        layer_decay: In (0, 1].
+        template: 0-based index among the optimizer's own groups.
+        on_refreeze: `"keep"` or `"drop"`.
+        membership: `"late"` or `"declared"`.
+        no_decay: False, True, or a function of name and parameter.
+        warmup_steps: At least 0.
+        norms: `"eval"`, `"frozen"` or `"train"`.
+        probe: `"ranks"`, `"local"` or `"off"`.
+        caps: Guards and triggers.
 
     Raises:
-        TypeError: An argument of the wrong type, or an unknown keyword.
+        TypeError: An argument of the wrong type.
         ValueError: An argument out of range; what depends on the model is checked when training starts.
 
     Example:
@@ -63,11 +77,38 @@ class UnfreezeCallback(Callback):
         self,
         schedule: Schedule,
         blocks: Blocks | None = None,
+        head: Head | None = None,
         optimizer: int = 0,
         monitor: str | None = None,
-        **keywords: Any,
+        learning_rate_scale: float | None = None,
+        layer_decay: float = 1.0,
+        template: int = 0,
+        on_refreeze: OnRefreeze = "keep",
+        membership: Membership = "late",
+        no_decay: bool | Overrides = False,
+        warmup_steps: int = 0,
+        norms: Norms = "eval",
+        probe: Probe = "ranks",
+        caps: Sequence[Cap] = (),
     ) -> None:
-        self._plan = Plan(schedule, blocks, monitor, keywords)
+        self._arguments = Arguments(
+            schedule,
+            blocks,
+            head,
+            monitor,
+            {
+                "learning_rate_scale": learning_rate_scale,
+                "layer_decay": layer_decay,
+                "template": template,
+                "on_refreeze": on_refreeze,
+                "membership": membership,
+                "no_decay": no_decay,
+                "warmup_steps": warmup_steps,
+                "norms": norms,
+                "probe": probe,
+                "caps": caps,
+            },
+        )
         self._index = as_count(optimizer, "optimizer", minimum=0, fix="0 is the first of configure_optimizers")
         self._saved: Mapping[str, Any] | None = None
         self._modes: dict[nn.Module, bool] = {}
@@ -86,7 +127,7 @@ class UnfreezeCallback(Callback):
         """Called by the Trainer: before there is an optimizer, or after it by strategies that shard the model."""
         self._saved = state_dict or None
         if self.unfreezer and self._saved:
-            self._plan.load(self.unfreezer, self._saved)
+            self._arguments.load(self.unfreezer, self._saved)
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Forget an earlier fit."""
@@ -106,12 +147,12 @@ class UnfreezeCallback(Callback):
         own = [s for s in schedulers if any(s.optimizer is layer for layer in layers(optimizer))]
         # A trial run's one epoch says nothing of the run that the preset is meant for.
         total = 1_000 if trainer.fast_dev_run else trainer.max_epochs or 0
-        self.unfreezer = self._plan.unfreezer(pl_module, optimizer, own, total)
+        self.unfreezer = self._arguments.unfreezer(pl_module, optimizer, own, total)
         norms = [norm for block in self.unfreezer.blocks for norm in norms_of(block)]
         self._modes = {norm: self._modes.get(norm, norm.training) for norm in norms}
         self._covered = self._trainable()
         if self._saved:
-            self._plan.load(self.unfreezer, self._saved)
+            self._arguments.load(self.unfreezer, self._saved)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Bring the model to the present epoch: one that goes on in its middle has no start."""
@@ -133,7 +174,7 @@ class UnfreezeCallback(Callback):
         """Feed guards and triggers."""
         del pl_module
         if self.unfreezer and trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._plan.feed(self.unfreezer, trainer.callback_metrics)
+            self._arguments.feed(self.unfreezer, trainer.callback_metrics)
 
     def _apply(self, trainer: Any) -> ProgressiveUnfreezer:
         assert self.unfreezer is not None

@@ -9,9 +9,16 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
-from unfreeze_sched.integrations._common import Blocks, Plan, Schedule
+from unfreeze_sched._checks import one_of
+from unfreeze_sched.guards import Cap
+from unfreeze_sched.integrations._callback import Arguments, Blocks, Head, Schedule
+from unfreeze_sched.model.freezing import Norms
+from unfreeze_sched.optimizer.rebuilder import Membership, OnRefreeze
+from unfreeze_sched.optimizer.subsets import Overrides
+from unfreeze_sched.optimizer.watch import Probe
 from unfreeze_sched.unfreezer import ProgressiveUnfreezer
 
 try:
@@ -38,13 +45,23 @@ class UnfreezeTrainerCallback(TrainerCallback):  # type: ignore[misc]  # transfo
     Args:
         schedule: An `UnfreezeSchedule`, or a preset, which is then laid over the run's epochs or steps.
         blocks: The blocks, shallow to deep, or a function of the model that returns them; None takes
-            `encoder_blocks(model)`.
+            `encoder_blocks(model, head=head)`.
+        head: What trains from the start, as for `encoder_blocks`, or a function of the model.
         unit: What the schedule counts: `"epochs"`, or optimizer `"steps"`.
         monitor: Name of a metric of evaluation, such as `"eval_loss"`, that `caps` are fed with.
-        **keywords: The others of `ProgressiveUnfreezer`, such as `layer_decay=0.8`.
+        learning_rate_scale: As for `ProgressiveUnfreezer`, like all that follow.
+        layer_decay: In (0, 1].
+        template: 0-based index among the optimizer's own groups.
+        on_refreeze: `"keep"` or `"drop"`.
+        membership: `"late"` or `"declared"`.
+        no_decay: False, True, or a function of name and parameter.
+        warmup_steps: At least 0.
+        norms: `"eval"`, `"frozen"` or `"train"`.
+        probe: `"ranks"`, `"local"` or `"off"`.
+        caps: Guards and triggers.
 
     Raises:
-        TypeError: An argument of the wrong type, or an unknown keyword.
+        TypeError: An argument of the wrong type.
         ValueError: An argument out of range; what depends on the model is checked when training starts.
 
     Example:
@@ -59,16 +76,39 @@ class UnfreezeTrainerCallback(TrainerCallback):  # type: ignore[misc]  # transfo
         self,
         schedule: Schedule,
         blocks: Blocks | None = None,
+        head: Head | None = None,
         unit: Unit = "epochs",
         monitor: str | None = None,
-        **keywords: Any,
+        learning_rate_scale: float | None = None,
+        layer_decay: float = 1.0,
+        template: int = 0,
+        on_refreeze: OnRefreeze = "keep",
+        membership: Membership = "late",
+        no_decay: bool | Overrides = True,
+        warmup_steps: int = 0,
+        norms: Norms = "eval",
+        probe: Probe = "ranks",
+        caps: Sequence[Cap] = (),
     ) -> None:
-        self._plan = Plan(schedule, blocks, monitor, {"no_decay": True, **keywords})
-        if unit not in get_args(Unit):
-            raise ValueError(
-                f"`unit` must be one of {', '.join(get_args(Unit))}, got {unit!r}; 'epochs' is the default"
-            )
-        self._unit = unit
+        self._arguments = Arguments(
+            schedule,
+            blocks,
+            head,
+            monitor,
+            {
+                "learning_rate_scale": learning_rate_scale,
+                "layer_decay": layer_decay,
+                "template": template,
+                "on_refreeze": on_refreeze,
+                "membership": membership,
+                "no_decay": no_decay,
+                "warmup_steps": warmup_steps,
+                "norms": norms,
+                "probe": probe,
+                "caps": caps,
+            },
+        )
+        self._unit: Unit = one_of(unit, "unit", get_args(Unit))
         self._epoch: int | None = None  # while a run is on
 
     def begin(self, model: Any, optimizer: Any, lr_scheduler: Any, state: Any) -> None:
@@ -81,9 +121,9 @@ class UnfreezeTrainerCallback(TrainerCallback):  # type: ignore[misc]  # transfo
         ):
             return
         total = state.num_train_epochs if self._unit == "epochs" else state.max_steps
-        self.unfreezer = self._plan.unfreezer(model, optimizer, [lr_scheduler], total)
+        self.unfreezer = self._arguments.unfreezer(model, optimizer, [lr_scheduler], total)
         if saved := state.stateful_callbacks.get(_STATE):
-            self._plan.load(self.unfreezer, json.loads(saved))
+            self._arguments.load(self.unfreezer, json.loads(saved))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
         """Take up the run; its optimizer and LR scheduler are there now."""
@@ -109,7 +149,7 @@ class UnfreezeTrainerCallback(TrainerCallback):  # type: ignore[misc]  # transfo
         """Feed guards and triggers."""
         del args, control
         if self.unfreezer and self._epoch is not None:
-            self._plan.feed(self.unfreezer, objects["metrics"])
+            self._arguments.feed(self.unfreezer, objects["metrics"])
             self._keep(state)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **objects: Any) -> None:

@@ -7,7 +7,7 @@ was.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 from torch.optim import ASGD, Optimizer, Rprop
@@ -293,7 +293,7 @@ def _is_driven(optimizer: Optimizer) -> bool:
     )
 
 
-def refuse_floor(scheduler: Any, floor: float, ratio: float) -> None:
+def refuse_floor(scheduler: Any, floor: float, ratio: float) -> NoReturn:
     """Refuse a late join whose rate depends on what a scheduler with a floor did in the past."""
     raise ValueError(
         f"`learning_rate_scale` must be 1 to join late where a {type(scheduler).__name__} with a floor of {floor} has "

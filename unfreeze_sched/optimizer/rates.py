@@ -172,8 +172,9 @@ def _past_floor(scheduler: Any, index: int, ratio: float) -> RateMap | None:
     along = _along(before, index, ratio) if place == 1 or _row(before).restarts else None
     if along is None:
         return None
-    left, swa = before.get_last_lr()[index], scheduler.optimizer.param_groups[index].get("swa_lr")
-    left_to_us = along(left)
+    left: Any = before.get_last_lr()[index]
+    left_to_us: Any = along(left)
+    swa: Any = scheduler.optimizer.param_groups[index].get("swa_lr")
     if type(present) is SWALR and swa != left:
         # It mixes the rate that it found with its own, by a share that can be read off.
         return lambda rate: (swa * ratio - left_to_us) * ((rate - left) / (swa - left)) + left_to_us
