@@ -6,7 +6,7 @@ import copy
 import logging
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Protocol, Self, get_args, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, model_validator
@@ -42,6 +42,18 @@ class Cap(Protocol):
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from a saved state; nothing changes when it is refused."""
+
+
+def checked_caps(caps: Sequence[Cap]) -> tuple[Cap, ...]:
+    """The caps of an unfreezer, each of them one."""
+    given = caps if isinstance(caps, (list, tuple)) else [caps]
+    strange = [type(cap).__name__ for cap in given if not isinstance(cap, Cap)]
+    if strange or given is not caps:
+        raise TypeError(
+            "`caps` must be a sequence of guards and triggers, got "
+            f"{(strange or [type(caps).__name__])[0]}; pass caps=[OverfitGuard()]"
+        )
+    return tuple(caps)
 
 
 class _State(BaseModel):

@@ -100,6 +100,11 @@ class History(Sequence[Transition]):
     def __len__(self) -> int:
         return len(self._transitions)
 
+    @property
+    def last(self) -> Transition | None:
+        """The last transition, None before the first."""
+        return self._transitions[-1] if self._transitions else None
+
     def __repr__(self) -> str:
         return f"<History of {len(self)} transition{'s' * (len(self) != 1)}>"
 
@@ -115,7 +120,7 @@ class History(Sequence[Transition]):
         """
         if not isinstance(transition, Transition):
             raise TypeError(f"`transition` must be a Transition, got {short(transition)}; make one")
-        total = self[0].total if self else transition.total
+        total = self._transitions[0].total if self._transitions else transition.total
         if transition.total != total:
             raise ValueError(
                 f"`transition` must be of {total} blocks throughout, got {transition.total} at epoch "

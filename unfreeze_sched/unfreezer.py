@@ -12,11 +12,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from unfreeze_sched._checks import as_count, as_state, differences, listed, one_of, short, warn
-from unfreeze_sched.guards import Cap
+from unfreeze_sched.guards import Cap, checked_caps
 from unfreeze_sched.history import History, Transition
 from unfreeze_sched.model import Block
 from unfreeze_sched.model.block import validate_blocks
-from unfreeze_sched.model.freezing import Norms, drop_gradients, hold_in_eval, norms_of, release, set_requires_grad
+from unfreeze_sched.model.freezing import Norms, hold_in_eval, norms_of, release, set_requires_grad
 from unfreeze_sched.optimizer import GroupChange, OptimizerRebuilder, admission
 from unfreeze_sched.optimizer.groups import take_out, why_no_rate
 from unfreeze_sched.optimizer.rebuilder import UNCHANGED, Membership, OnRefreeze
@@ -97,7 +97,7 @@ class ProgressiveUnfreezer:
             raise TypeError(f"`schedule` must be an UnfreezeSchedule, got {type(schedule).__name__}; make one")
         self.schedule = schedule
         self.norms: Norms = one_of(norms, "norms", get_args(Norms))
-        self.caps = _checked_caps(caps)
+        self.caps = checked_caps(caps)
         self.history = History()
         blocks = tuple(blocks) if isinstance(blocks, Iterable) else blocks  # the rebuilder refuses what is none
         if isinstance(blocks, tuple) and blocks and len(blocks) != schedule.total_blocks:
@@ -164,16 +164,16 @@ class ProgressiveUnfreezer:
             preset: When blocks are unfrozen.
             head: What trains from the start, as for `encoder_blocks`.
             blocks: The blocks, shallow to deep; None takes `encoder_blocks(model, head=head)`.
-            learning_rate_scale: As for the constructor, like the rest.
-            layer_decay: In (0, 1].
-            template: 0-based.
-            on_refreeze: `"keep"` or `"drop"`.
-            membership: `"late"` or `"declared"`.
-            no_decay: False, True, or a function of name and parameter.
-            warmup_steps: At least 0.
-            norms: `"eval"`, `"frozen"` or `"train"`.
-            probe: `"ranks"`, `"local"` or `"off"`.
-            caps: Guards and triggers.
+            learning_rate_scale: As for the constructor, like all that follow.
+            layer_decay: Likewise.
+            template: Likewise.
+            on_refreeze: Likewise.
+            membership: Likewise.
+            no_decay: Likewise.
+            warmup_steps: Likewise.
+            norms: Likewise.
+            probe: Likewise.
+            caps: Likewise.
 
         Returns:
             The unfreezer; call its `apply(epoch)` before each epoch.
@@ -198,8 +198,12 @@ class ProgressiveUnfreezer:
         if not isinstance(model, nn.Module):
             raise TypeError(f"`model` must be an nn.Module, got {type(model).__name__}; pass the bare model")
         if not isinstance(preset, get_args(Preset)):
-            raise TypeError(f"`preset` must be a preset, got {type(preset).__name__}; pass MEDIUM, or make a RatePreset")
-        total = as_count(total_epochs, "total_epochs", minimum=1, fix="it is the number of epochs of the run, such as 50")
+            raise TypeError(
+                f"`preset` must be a preset, got {type(preset).__name__}; pass MEDIUM, or make a RatePreset"
+            )
+        total = as_count(
+            total_epochs, "total_epochs", minimum=1, fix="it is the number of epochs of the run, such as 50"
+        )
         if blocks is not None and head is not None:
             raise ValueError("`head` must be left out where blocks are given, got both; what is in no block is head")
         blocks = encoder_blocks(model, head=head) if blocks is None else validate_blocks(blocks)
@@ -297,7 +301,8 @@ class ProgressiveUnfreezer:
                 for parameter in own:
                     parameter.requires_grad = index < shallowest
             raise
-        drop_gradients(with_gradient)
+        for parameter in with_gradient:
+            parameter.grad = None  # a step would still apply it, and clipping count it
         for index in visited:
             if self.norms == "frozen" or (self.norms == "eval" and index < shallowest):
                 hold_in_eval(self._norms[index])
@@ -321,7 +326,7 @@ class ProgressiveUnfreezer:
 
     def _record(self, epoch: int, number: int, scheduled: int) -> None:
         """Note a change of the number, and the moment at which a cap begins to hold blocks back."""
-        last = self.history[-1] if self.history else None
+        last = self.history.last
         binding = next((cap for cap in self.caps if cap.cap == number < scheduled), None)
         holder = "" if binding is None else type(binding).__name__
         if last is not None and last.number == number and (not holder or last.reason.startswith(holder)):
@@ -436,14 +441,3 @@ class _Saved(BaseModel):
         if self.applied and self.applied[0] > self.applied[1]:
             raise ValueError(f"applied={list(self.applied)}")
         return self
-
-
-def _checked_caps(caps: Sequence[Cap]) -> tuple[Cap, ...]:
-    given = caps if isinstance(caps, (list, tuple)) else [caps]
-    strange = [type(cap).__name__ for cap in given if not isinstance(cap, Cap)]
-    if strange or given is not caps:
-        raise TypeError(
-            "`caps` must be a sequence of guards and triggers, got "
-            f"{(strange or [type(caps).__name__])[0]}; pass caps=[OverfitGuard()]"
-        )
-    return tuple(caps)

@@ -25,7 +25,7 @@ from unfreeze_sched import (
     UnfreezeSchedule,
     encoder_blocks,
 )
-from unfreeze_sched.model.freezing import unfreeze
+from unfreeze_sched.model.freezing import set_requires_grad, unfreeze
 from unfreeze_sched.optimizer.warmup import WARMUP_KEY
 
 # transformers renames its own switch, and PEFT still reads the old name.
@@ -156,7 +156,9 @@ def test_a_transition_in_mid_accumulation_is_refused() -> None:
 def test_clipping_counts_no_stale_gradient(forgetful: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The norm of all parameters' gradients is that of the trainable ones, after refreezing as well; it would notice."""
     if forgetful:
-        monkeypatch.setattr("unfreeze_sched.unfreezer.drop_gradients", lambda _: None)
+        monkeypatch.setattr(
+            "unfreeze_sched.unfreezer.set_requires_grad", lambda *args, **kw: set_requires_grad(*args, **kw) and []
+        )
     net = Net(3)
     optimizer = torch.optim.AdamW(net.head.parameters())
     unfreezer = ProgressiveUnfreezer(net.make_blocks(), optimizer, BACK, None, on_refreeze="drop")

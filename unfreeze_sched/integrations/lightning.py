@@ -47,9 +47,9 @@ class UnfreezeCallback(Callback):
         schedule: An `UnfreezeSchedule`, or a preset, which is then laid over the Trainer's `max_epochs`.
         blocks: The blocks, shallow to deep, or a function of the LightningModule that returns them; None takes
             `encoder_blocks(module, head=head)`.
-        head: What trains from the start, as for `encoder_blocks`, or a function of the LightningModule.
         optimizer: 0-based index among the optimizers of `configure_optimizers`.
         monitor: Name of a metric, logged in validation, that `caps` are fed with.
+        head: What trains from the start, as for `encoder_blocks`, or a function of the LightningModule.
         learning_rate_scale: As for `ProgressiveUnfreezer`, like all that follow.
         layer_decay: In (0, 1].
         template: 0-based index among the optimizer's own groups.
@@ -77,9 +77,9 @@ class UnfreezeCallback(Callback):
         self,
         schedule: Schedule,
         blocks: Blocks | None = None,
-        head: Head | None = None,
         optimizer: int = 0,
         monitor: str | None = None,
+        head: Head | None = None,
         learning_rate_scale: float | None = None,
         layer_decay: float = 1.0,
         template: int = 0,

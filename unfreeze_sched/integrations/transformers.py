@@ -46,9 +46,9 @@ class UnfreezeTrainerCallback(TrainerCallback):  # type: ignore[misc]  # transfo
         schedule: An `UnfreezeSchedule`, or a preset, which is then laid over the run's epochs or steps.
         blocks: The blocks, shallow to deep, or a function of the model that returns them; None takes
             `encoder_blocks(model, head=head)`.
-        head: What trains from the start, as for `encoder_blocks`, or a function of the model.
         unit: What the schedule counts: `"epochs"`, or optimizer `"steps"`.
         monitor: Name of a metric of evaluation, such as `"eval_loss"`, that `caps` are fed with.
+        head: What trains from the start, as for `encoder_blocks`, or a function of the model.
         learning_rate_scale: As for `ProgressiveUnfreezer`, like all that follow.
         layer_decay: In (0, 1].
         template: 0-based index among the optimizer's own groups.
@@ -76,9 +76,9 @@ class UnfreezeTrainerCallback(TrainerCallback):  # type: ignore[misc]  # transfo
         self,
         schedule: Schedule,
         blocks: Blocks | None = None,
-        head: Head | None = None,
         unit: Unit = "epochs",
         monitor: str | None = None,
+        head: Head | None = None,
         learning_rate_scale: float | None = None,
         layer_decay: float = 1.0,
         template: int = 0,

@@ -1,7 +1,7 @@
 """Every refusal of the optimizer side, in words: of engines, optimizers, parameters, schedulers and moments.
 
-Each function here raises or does nothing. Nothing has changed yet when one is called, so that a refusal leaves all as it
-was.
+Nothing has changed yet when one of these is called, so that a refusal leaves all as it was. Most look for themselves and
+do nothing where all is well; those that return never are called by who has looked.
 """
 
 from __future__ import annotations
@@ -240,21 +240,20 @@ def refuse_unfit(
         admitted.add(kind)
 
 
-def refuse_orphans(orphans: Sequence[str]) -> None:
+def refuse_orphans(orphans: Sequence[str]) -> NoReturn:
     """Refuse blocks whose modules do not hold these parameters any more: the optimizer would train the old tensors."""
-    if orphans:
-        raise RuntimeError(
-            f"`blocks` must hold the parameters that they were given with, got {listed(orphans)} in none of "
-            "its modules any more (replaced, as by load_state_dict(assign=True), to_empty, weight_norm or "
-            "fully_shard); make optimizer and unfreezer after that"
-        )
+    raise RuntimeError(
+        f"`blocks` must hold the parameters that they were given with, got {listed(orphans)} in none of "
+        "its modules any more (replaced, as by load_state_dict(assign=True), to_empty, weight_norm or "
+        "fully_shard); make optimizer and unfreezer after that"
+    )
 
 
 # --- schedulers
 
 
 def refuse_schedulers(optimizer: Optimizer, schedulers: Sequence[Any] | None) -> None:
-    """Refuse what no group can join: an unknown class of scheduler, one of another optimizer, or one that was kept back.
+    """Refuse what no group can join: a scheduler of an unknown class or another optimizer, or one that was kept back.
 
     Args:
         optimizer: The live optimizer.
@@ -279,7 +278,7 @@ def refuse_schedulers(optimizer: Optimizer, schedulers: Sequence[Any] | None) ->
                 "make the scheduler from the optimizer that is passed here"
             )
         for leaf in rates.leaves(scheduler):
-            if not rates.is_known(leaf):
+            if rates.row_of(leaf) is rates.UNKNOWN:
                 raise TypeError(
                     f"`lr_schedulers` must be of known classes, got {class_path(leaf)}; pass membership='declared' and "
                     "make the rebuilder before the scheduler, which then is not passed"
@@ -304,21 +303,19 @@ def refuse_floor(scheduler: Any, floor: float, ratio: float) -> NoReturn:
 # --- moments
 
 
-def refuse_pending(*, pending: bool) -> None:
+def refuse_pending() -> NoReturn:
     """Refuse a change while there are gradients that no step has used."""
-    if pending:
-        raise RuntimeError(
-            "`optimizer` must have used its gradients before blocks join, got an accumulation that is not over; "
-            "call optimizer.step() and optimizer.zero_grad() first, or zero_grad() alone to give it up"
-        )
+    raise RuntimeError(
+        "`optimizer` must have used its gradients before blocks join, got an accumulation that is not over; "
+        "call optimizer.step() and optimizer.zero_grad() first, or zero_grad() alone to give it up"
+    )
 
 
-def refuse_differing(names: Sequence[str]) -> None:
+def refuse_differing(names: Sequence[str]) -> NoReturn:
     """Refuse a first step whose gradients are not the same on all ranks."""
-    if names:
-        raise RuntimeError(
-            f"gradients of newly trainable parameters must be the same on all ranks, got others for "
-            f"{listed(names, most=10)}: DistributedDataParallel does not reduce what was frozen when it was made; "
-            "wrap anew after each transition, ddp = unfreeze_sched.parallel.rewrap_ddp(ddp), or wrap while "
-            "everything is trainable, with find_unused_parameters=True (probe='local' is for local SGD)"
-        )
+    raise RuntimeError(
+        f"gradients of newly trainable parameters must be the same on all ranks, got others for "
+        f"{listed(names, most=10)}: DistributedDataParallel does not reduce what was frozen when it was made; "
+        "wrap anew after each transition, ddp = unfreeze_sched.parallel.rewrap_ddp(ddp), or wrap while "
+        "everything is trainable, with find_unused_parameters=True (probe='local' is for local SGD)"
+    )

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from unfreeze_sched.optimizer.counters import written
@@ -223,7 +224,14 @@ def _refer_to(optimizer: Any, parameters: Sequence[nn.Parameter]) -> None:
         optimizer.state["trac"].update((parameter, parameter.detach().clone()) for parameter in parameters)
 
 
+def _accumulate_from(optimizer: Any, parameters: Sequence[nn.Parameter]) -> None:
+    """Make Adagrad's sums, which before torch 2.12 its constructor alone makes; its step reads them."""
+    if parameters and torch.__version__ < "2.12":  # a TorchVersion, which compares as one
+        optimizer.state.update(type(optimizer)(parameters, **optimizer.defaults).state)
+
+
 _PREPARE: dict[str, Callable[[Any, Sequence[nn.Parameter]], object]] = {
     "pytorch_optimizer.optimizer.spam.SPAM": lambda optimizer, _: optimizer.init_masks(),
     "pytorch_optimizer.optimizer.trac.TRAC": _refer_to,
+    "torch.optim.adagrad.Adagrad": _accumulate_from,
 }

@@ -48,7 +48,8 @@ class _Row:
 
 _TIMM = _Row(scaled_lists=("base_values", "warmup_steps", "restore_lr"), floors=("lr_min", "warmup_lr_init"))
 
-_COMPOSITE = _Row(scaled_keys=(), restarts=False)  # what it keeps, the schedulers within it keep
+UNKNOWN = _Row(scaled_keys=(), restarts=False)
+"""Of sequences and chains, too: what they keep beside reports, the schedulers within keep."""
 
 # By exact class, since a subclass may compute something else and a guess would be silently wrong; and by name, since
 # timm is not imported for it.
@@ -81,7 +82,7 @@ _ROWS = {
 
 def unwrapped(scheduler: Any) -> Any:
     """What accelerate wraps, which only decides when it steps; any other scheduler itself."""
-    return scheduler.scheduler if _path(scheduler) == "accelerate.scheduler.AcceleratedScheduler" else scheduler
+    return scheduler.scheduler if type(scheduler).__name__ == "AcceleratedScheduler" else scheduler
 
 
 def leaves(scheduler: Any) -> Iterator[Any]:
@@ -89,9 +90,9 @@ def leaves(scheduler: Any) -> Iterator[Any]:
     return (part for part in _with_inner(scheduler) if type(part) not in {SequentialLR, ChainedScheduler})
 
 
-def is_known(leaf: Any) -> bool:
-    """Whether it is known what a scheduler keeps for each group."""
-    return _path(leaf) in _ROWS
+def row_of(scheduler: Any) -> _Row:
+    """What a scheduler keeps for each group; `UNKNOWN` where that is not known, and for sequences and chains."""
+    return _ROWS.get(f"{type(scheduler).__module__}.{type(scheduler).__qualname__}", UNKNOWN)
 
 
 # --- the rate of a joining group
@@ -149,7 +150,7 @@ def _along(scheduler: Any, index: int, ratio: float) -> RateMap | None:
     if not any(_floor(leaf) for leaf in _had_a_say(scheduler)):
         return _times(ratio)
     leaf = _followed(scheduler)
-    if leaf is None or _row(leaf) is _TIMM:
+    if leaf is None or row_of(leaf) is _TIMM:
         return _past_floor(scheduler, index, ratio)
     floor, base = _floor(leaf), leaf.base_lrs[index]
     if not floor or leaf.last_epoch <= 0:
@@ -169,7 +170,7 @@ def _past_floor(scheduler: Any, index: int, ratio: float) -> RateMap | None:
         return None
     place = _place(scheduler)
     before, present = scheduler._schedulers[place - 1 : place + 1]  # noqa: SLF001  # torch has no public name for them
-    along = _along(before, index, ratio) if place == 1 or _row(before).restarts else None
+    along = _along(before, index, ratio) if place == 1 or row_of(before).restarts else None
     if along is None:
         return None
     left: Any = before.get_last_lr()[index]
@@ -210,7 +211,7 @@ def _had_a_say(scheduler: Any) -> Iterator[Any]:
 
 def _stands_at_first(leaf: Any, template: dict[str, Any], index: int, ratio: float) -> bool:
     """Whether a scheduler still stands at its first value, or gives a joining group what it would give there."""
-    if _row(leaf) is _TIMM:
+    if row_of(leaf) is _TIMM:
         # timm's keep no count. At its base value any of them stands as at first, but WSD clamps low rates later on.
         base = leaf.base_values[index]
         clamps = type(leaf).__name__ == "WSDLRScheduler" and base * ratio < leaf.lr_min
@@ -242,7 +243,7 @@ def join(scheduler: Any, groups: int, index: int, ratio: float, rate: RateMap) -
     """
     scheduler = unwrapped(scheduler)
     for part in _with_inner(scheduler):
-        row = _row(part)
+        row = row_of(part)
         if row is _TIMM:
             scaled = ("base_values", "restore_lr", *(("warmup_steps",) if part.warmup_t else ()))
             copied: tuple[str, ...] = () if part.warmup_t else ("warmup_steps",)
@@ -268,7 +269,7 @@ def join(scheduler: Any, groups: int, index: int, ratio: float, rate: RateMap) -
 def leave(scheduler: Any, groups: int) -> None:
     """Take back what `join` gave for groups from the 0-based place `groups` on."""
     for part in _with_inner(unwrapped(scheduler)):
-        row = _row(part)
+        row = row_of(part)
         for name in ("base_lrs", "_last_lr", *row.scaled_lists, *row.copied_lists):
             values = getattr(part, name, None)
             if values is not None:
@@ -280,7 +281,7 @@ def scaled_keys(schedulers: Sequence[Any]) -> tuple[str, ...]:
     keys: dict[str, None] = {}
     for scheduler in map(unwrapped, schedulers):
         for leaf in leaves(scheduler):
-            keys.update(dict.fromkeys(_row(leaf).scaled_keys))
+            keys.update(dict.fromkeys(row_of(leaf).scaled_keys))
     return tuple(keys)
 
 
@@ -293,16 +294,8 @@ def _with_inner(scheduler: Any) -> Iterator[Any]:
     if type(scheduler) in {SequentialLR, ChainedScheduler}:
         for part in scheduler._schedulers:  # noqa: SLF001  # torch has no public name for them
             yield from _with_inner(part)
-    elif _path(scheduler) == "timm.scheduler.plateau_lr.PlateauLRScheduler":
+    elif type(scheduler).__name__ == "PlateauLRScheduler":
         yield scheduler.lr_scheduler
-
-
-def _row(scheduler: Any) -> _Row:
-    return _ROWS.get(_path(scheduler), _COMPOSITE)
-
-
-def _path(scheduler: Any) -> str:
-    return f"{type(scheduler).__module__}.{type(scheduler).__qualname__}"
 
 
 def _place(sequential: Any) -> int:
@@ -313,18 +306,18 @@ def _present(sequential: Any) -> tuple[int, bool]:
     """The place of a sequence's present part, and whether that has taken over with rates of its own."""
     place = _place(sequential)
     present = sequential._schedulers[place]  # noqa: SLF001  # likewise
-    return place, place > 0 and _row(present).restarts
+    return place, place > 0 and row_of(present).restarts
 
 
 def _floor(leaf: Any) -> float:
-    row = _row(leaf)
+    row = row_of(leaf)
     if row is _TIMM:
         return getattr(leaf, "lr_min", 0.0) or _warms_up_from(leaf)
     return next((getattr(leaf, name) for name in row.floors), 0.0)
 
 
 def _warms_up_from(leaf: Any) -> float:
-    return leaf.warmup_lr_init if _row(leaf) is _TIMM and leaf.warmup_t else 0.0
+    return leaf.warmup_lr_init if row_of(leaf) is _TIMM and leaf.warmup_t else 0.0
 
 
 def _warmup_step(scheduler: Any) -> float:

@@ -153,7 +153,8 @@ class OptimizerRebuilder:
         self._admitted: set[Hashable] = set()
         for subset in chain.from_iterable(self.subsets):
             with suppress(ValueError):  # what does not fit is refused when it joins, if it ever does
-                self._admit(subset, self._template_of(subset))
+                like = optimizer.param_groups[self._template_of(subset)]
+                admission.refuse_unfit(optimizer, like, subset.samples, self._admitted)
         warmup_steps = as_count(warmup_steps, "warmup_steps", minimum=0, fix="it is a number of optimizer steps")
         admission.refuse_warmup(optimizer, warmup_steps)
         one_of(probe, "probe", get_args(Probe))
@@ -188,12 +189,14 @@ class OptimizerRebuilder:
             flipped: Indices of the blocks whose `requires_grad` has just changed; the next step is to find gradients
                 for what is trainable of them.
         """
-        admission.refuse_orphans(self.owners.orphans(indices))
+        if orphans := self.owners.orphans(indices):
+            admission.refuse_orphans(orphans)
         joining, leaving = self._diff(indices, reached)
         changed = {*flipped, *(subset.block for subset, _ in joining)}
         if not changed and not leaving:
             return UNCHANGED
-        admission.refuse_pending(pending=self.accumulation.is_pending())
+        if self.accumulation.is_pending():
+            admission.refuse_pending()
         if any(empty is None for _, empty in joining):
             admission.refuse_schedulers(self.optimizer, self.lr_schedulers)
         joins = [self._join(subset, empty) for subset, empty in joining]
@@ -265,10 +268,10 @@ class OptimizerRebuilder:
     def _join(self, subset: Subset, empty: dict[str, Any] | None) -> _Join:
         """How a subset joins: into the empty group that waits for it, else in a clone of its template."""
         index = self._template_of(subset)
-        self._admit(subset, index)
+        template, ratio = self.optimizer.param_groups[index], self._ratios[subset.block]
+        admission.refuse_unfit(self.optimizer, template, subset.samples, self._admitted)
         if empty is not None:
             return _Join(subset, index, empty, None)
-        template, ratio = self.optimizer.param_groups[index], self._ratios[subset.block]
         rate = rates.joining_rate(self.lr_schedulers or (), template, index, ratio)
         if isinstance(rate, rates.Floored):
             admission.refuse_floor(rate.scheduler, rate.floor, ratio)
@@ -281,10 +284,6 @@ class OptimizerRebuilder:
                 if BLOCK_KEY not in group and all(group.get(key) == value for key, value in subset.overrides.items()):
                     return index
         return self._template
-
-    def _admit(self, subset: Subset, template: int) -> None:
-        group = self.optimizer.param_groups[template]
-        admission.refuse_unfit(self.optimizer, group, subset.samples, self._admitted)
 
     def _clone(self, subset: Subset, template: dict[str, Any], ratio: float, rate: rates.RateMap) -> dict[str, Any]:
         """A group like the live template: `add_param_group` alone would fill in the constructor's defaults instead."""

@@ -61,7 +61,8 @@ class Owners:
             indices: 0-based indices of the blocks to look at.
         """
         for index in indices:
-            if all(_is_untouched(*held) for held in self._held[index]):
+            # Without a loop in Python over parameters, since each transition asks it of all modules.
+            if all(len(own) == len(was) and all(map(is_, own.values(), was)) for own, was in self._held[index]):
                 continue
             # A parametrization keeps the parameter in another module.
             inside = set(map(id, self._blocks[index].parameters()))
@@ -81,11 +82,6 @@ def _first(held: Iterable[_Held]) -> tuple[Mapping[str, Any], str, nn.Parameter]
     return next(
         ((own, key, parameter) for own, _ in held for key, parameter in own.items() if parameter is not None), None
     )
-
-
-def _is_untouched(parameters: Mapping[str, Any], values: tuple[nn.Parameter | None, ...]) -> bool:
-    """Whether a module holds what it held; without a loop in Python, since each transition asks it of all modules."""
-    return len(parameters) == len(values) and all(map(is_, parameters.values(), values))
 
 
 class Accumulation:
@@ -188,7 +184,8 @@ class FirstStep:
         compared = self._probe == "ranks" and parallel.process_group() is not None
         if compared:
             differing, seen = differing_gradients(watched)
-            refuse_differing(differing)
+            if differing:
+                refuse_differing(differing)
             if not seen:
                 return  # no gradient but zero on any rank, which tells nothing; all ranks look again
         missing = [name for name, parameter in watched.items() if parameter.grad is None and parameter.numel()]
