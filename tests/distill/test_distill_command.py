@@ -24,11 +24,11 @@ from images import write_images  # noqa: E402  # after the skips
 
 from unfreeze_sched import LARGE, MEDIUM, SMALL, MilestonePreset, UnfreezeSchedule  # noqa: E402  # after the skips
 from unfreeze_sched.cli import main, make_parser  # noqa: E402
-from unfreeze_sched.distill import command, training  # noqa: E402
+from unfreeze_sched.distill.command import run, training  # noqa: E402
 from unfreeze_sched.distill.command.arguments import preset_from  # noqa: E402
 from unfreeze_sched.distill.command.memory import saved_for_backward  # noqa: E402
 from unfreeze_sched.distill.command.ranks import Ranks  # noqa: E402
-from unfreeze_sched.distill.command.teller import Teller, warnings_in_one_line  # noqa: E402
+from unfreeze_sched.distill.command.runlog import RunLog, warnings_in_one_line  # noqa: E402
 from unfreeze_sched.guards import OverfitGuard  # noqa: E402
 
 SMALL_RUN = [
@@ -359,7 +359,7 @@ def test_a_guard(
 
     with monkeypatch.context() as patch:
         scripted(patch, losses)
-        patch.setattr(Teller, "epoch", stopped)
+        patch.setattr(RunLog, "epoch", stopped)
         with pytest.raises(StopError):
             guarded(data, teacher, tmp_path / "run", "--guard-patience", "1")
     scripted(monkeypatch, losses[3:])
@@ -398,7 +398,7 @@ def test_a_guard_that_restores(
 def test_too_patient(patience: int, milestones: dict[int, int], told: str, capsys: Any) -> None:
     """A guard that cannot trip before the last transition is warned of: as many checks as lie between two still can."""
     schedule = UnfreezeSchedule(preset=MilestonePreset(milestones=milestones), total_blocks=4, total_epochs=30)
-    command._warn_of_patience(patience, schedule)
+    run._warn_of_patience(patience, schedule)
     assert capsys.readouterr().err == (told and f"unfreeze-sched: warning: `--guard-patience` {told}")
     guard, trips = OverfitGuard(patience), []
     for epoch in range(30):  # the loss gets worse at every check
@@ -442,7 +442,7 @@ def test_an_interrupt(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     def interrupted(_: argparse.Namespace) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(command, "run", interrupted)
+    monkeypatch.setattr(run, "run", interrupted)
     assert main(["distill"]) == 130
     assert capsys.readouterr().err == "unfreeze-sched: interrupted; what was written is whole\n"
 

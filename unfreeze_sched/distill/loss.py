@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  # torch's own habit
 
-from unfreeze_sched.distill.labels import IGNORE_INDEX
+IGNORE_INDEX = 255
+"""The mask value of pixels without a truth: no loss, no metric."""
 
 
 class LossParts(NamedTuple):

@@ -1,1 +1,1 @@
-"""One thin module a framework; each says what to install where its framework is missing."""
+"""One thin module a framework, on top of the core; each says what to install where its framework is missing."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from unfreeze_sched.distill.command.files import DataError, File, Pair, mask_indices, pairs_of, read_pair
-from unfreeze_sched.distill.labels import IGNORE_INDEX
+from unfreeze_sched.distill.loss import IGNORE_INDEX
 
 CLASS_NAMES = ("background", "animal", "food", "vehicle", "face")
 """The embedded sample's classes, by index."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from unfreeze_sched.distill.labels import IGNORE_INDEX
+from unfreeze_sched.distill.loss import IGNORE_INDEX
 
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 _MASK_MODES = ("L", "P", "1", "I;16", "I")

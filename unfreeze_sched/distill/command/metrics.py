@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from unfreeze_sched.distill.labels import IGNORE_INDEX
+from unfreeze_sched.distill.loss import IGNORE_INDEX
 
 
 def confusion_matrix(predictions: Tensor, masks: Tensor, classes: int, *, ignore_index: int = IGNORE_INDEX) -> Tensor:

@@ -26,7 +26,7 @@ from unfreeze_sched.distill.command.ranks import Ranks, joined
 from unfreeze_sched.distill.command.records import Outcome, around_transitions
 from unfreeze_sched.distill.command.report import draw_report, phase_table
 from unfreeze_sched.distill.command.runfolder import new_folder, save_arguments, saved_arguments
-from unfreeze_sched.distill.command.teller import Teller, warn, warnings_in_one_line
+from unfreeze_sched.distill.command.runlog import RunLog, warn, warnings_in_one_line
 from unfreeze_sched.distill.command.training import train
 from unfreeze_sched.distill.loss import DistillationLoss
 from unfreeze_sched.distill.wrapper import (
@@ -79,17 +79,17 @@ def _run(args: argparse.Namespace, ranks: Ranks) -> None:
         _warn_of_patience(student.guard.patience, student.schedule)
     if ranks.leads and not resumed:
         save_arguments(args, output)
-    with Teller(console, output, ranks, events=args.tensorboard) as teller:
+    with RunLog(console, output, ranks, events=args.tensorboard) as run_log:
         if args.teacher is None:
-            path = _train_teacher(args, classes, training, validation, settings, output, teller, ranks)
+            path = _train_teacher(args, classes, training, validation, settings, output, run_log, ranks)
             wrapper.load_teacher(path)
         arms = [student, _frozen_twin(wrapper, student)] if args.compare_frozen else [student]
         outcomes: dict[str, Outcome] = {}
         for arm in arms:
             _make_folder(output / arm.name, ranks)
-            teller.begin(arm.name, settings.epochs, training, settings)
+            run_log.begin(arm.name, settings.epochs, training, settings)
             torch.manual_seed(settings.seed)  # stochastic depth draws alike in both arms
-            outcomes[arm.name] = train(arm, training, validation, settings, output / arm.name, teller, ranks)
+            outcomes[arm.name] = train(arm, training, validation, settings, output / arm.name, run_log, ranks)
             if ranks.leads:
                 save_atomically(arm.unet.state_dict(), output / f"{arm.name}.pth")
     scores = {arm.name: evaluate(arm, test, settings, ranks) for arm in arms}
@@ -154,7 +154,7 @@ def _train_teacher(
     validation: SegmentationData,
     settings: Settings,
     output: Path,
-    teller: Teller,
+    run_log: RunLog,
     ranks: Ranks,
 ) -> Path:
     torch.manual_seed(settings.seed)
@@ -169,13 +169,13 @@ def _train_teacher(
         "teacher", unet, imitating(unet), blocks, schedule, _TEACHER_SCALE, args.norms, DistillationLoss(alpha=0.0)
     )
     _make_folder(output / arm.name, ranks)
-    teller.begin(arm.name, settings.epochs, training, settings)
-    record = train(arm, training, validation, settings, output / arm.name, teller, ranks).records[-1]
+    run_log.begin(arm.name, settings.epochs, training, settings)
+    record = train(arm, training, validation, settings, output / arm.name, run_log, ranks).records[-1]
     path = output / "teacher.pth"
     if ranks.leads:
         save_atomically(unet.state_dict(), path)
     ranks.agree(None)  # the file is there
-    teller.transition(f"teacher: validation mIoU {100 * record.validation_miou:.1f} %; kept as {path}, for --teacher")
+    run_log.transition(f"teacher: validation mIoU {100 * record.validation_miou:.1f} %; kept as {path}, for --teacher")
     return path
 
 

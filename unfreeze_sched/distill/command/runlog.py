@@ -20,7 +20,7 @@ from unfreeze_sched.distill.command.ranks import Ranks
 from unfreeze_sched.distill.command.records import EpochRecord
 
 
-class Teller:
+class RunLog:
     """Tells the console of the run, and files of its epochs; on other ranks than the first it is silent.
 
     Args:
