@@ -8,10 +8,16 @@ import reprlib
 import sys
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from inspect import isfunction
 from itertools import zip_longest
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, ValidationInfo, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
+
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass as _ModelType
+else:
+    _ModelType = type(BaseModel)  # which has no public name
 
 _REPR = reprlib.Repr()  # what is shown of a value, which may be anything
 _REPR.maxstring = _REPR.maxother = 200
@@ -155,7 +161,7 @@ def _equal(saved: Any, own: Any) -> bool:
 
 
 def columns(header: Sequence[str], rows: Iterable[Sequence[str]], right: Collection[str] = (), gap: int = 2) -> str:
-    """A table of plain text.
+    r"""A table of plain text.
 
     Args:
         header: Names of the columns.
@@ -164,7 +170,7 @@ def columns(header: Sequence[str], rows: Iterable[Sequence[str]], right: Collect
         gap: Blanks between columns.
 
     Example:
-        >>> print(columns(["block", "lr"], [["layer4\\nlayer3", "1e-4"]]))
+        >>> print(columns(["block", "lr"], [["layer4\nlayer3", "1e-4"]]))
         block   lr
         ------  ----
         layer4  1e-4
@@ -189,28 +195,31 @@ def columns(header: Sequence[str], rows: Iterable[Sequence[str]], right: Collect
 # --- pydantic
 
 
-def count_field(minimum: int, fix: str) -> BeforeValidator:
-    """The validator of an integer field of at least `minimum`."""
+def count_field(field: str, *, minimum: int, fix: str) -> Any:
+    """The validator of an integer field of at least `minimum`, as a class attribute of a model.
 
-    def check(value: Any, info: ValidationInfo) -> int:
+    The annotation stays plain `int`, which help, signatures and configuration tools read.
+    """
+
+    def check(value: Any) -> int:
         try:
-            return as_count(value, str(info.field_name), minimum=minimum, fix=fix)
+            return as_count(value, field, minimum=minimum, fix=fix)
         except TypeError as error:  # pydantic gathers ValueErrors alone
             raise ValueError(str(error)) from None
 
-    return BeforeValidator(check)
+    return field_validator(field, mode="before")(check)
 
 
-def ratio_field(fix: str, *, zero: bool) -> BeforeValidator:
-    """The validator of a number in (0, 1], or in [0, 1] where `zero` is allowed."""
+def ratio_field(field: str, *, fix: str, zero: bool = False) -> Any:
+    """Likewise of a number in (0, 1], or in [0, 1] where `zero` is allowed."""
 
-    def check(value: Any, info: ValidationInfo) -> float:
+    def check(value: Any) -> float:
         try:
-            return as_ratio(value, str(info.field_name), fix=fix, zero=zero)
+            return as_ratio(value, field, fix=fix, zero=zero)
         except TypeError as error:  # likewise
             raise ValueError(str(error)) from None
 
-    return BeforeValidator(check)
+    return field_validator(field, mode="before")(check)
 
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -244,7 +253,26 @@ def as_state(kind: type[Model], saved: Any, giver: str) -> Model:
         raise ValueError(f"`state_dict` must be one that {giver} gave, got {got}; {fix}") from None
 
 
-class FrozenModel(BaseModel):
+# Of the many methods of a pydantic model, those that are part of this package's contract: out and in again.
+_KEPT = ("model_dump", "model_dump_json", "model_validate", "model_validate_json")
+
+
+class _OwnNames(_ModelType):
+    """Lists what a model's own classes define, so that `help` is about them and not 400 lines of pydantic."""
+
+    def __dir__(cls) -> list[str]:  # noqa: N805  # a metaclass, which ruff does not see
+        own = [vars(kind) for kind in cls.__mro__ if isinstance(kind, _OwnNames)]
+        return sorted({*_KEPT, *(name for names in own for name, value in names.items() if _is_own(name, value))})
+
+
+def _is_own(name: str, value: Any) -> bool:
+    """Whether a class attribute is public and was written, not made by pydantic."""
+    if name.startswith("_"):
+        return name.endswith("__") and isfunction(value) and not value.__module__.startswith("pydantic")
+    return name != "model_config"
+
+
+class FrozenModel(BaseModel, metaclass=_OwnNames):
     """An immutable, hashable pydantic model that takes its own fields and no others."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import pickle
+import pydoc
 import subprocess
 import sys
 import time
@@ -17,6 +19,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from strategies import schedules
 
+import unfreeze_sched
 from unfreeze_sched import (
     LARGE,
     MEDIUM,
@@ -131,10 +134,10 @@ def test_round_trips(schedule: UnfreezeSchedule) -> None:
     by_json_dict = UnfreezeSchedule(**json.loads(json.dumps(schedule.model_dump(mode="json"))))
     by_dict = UnfreezeSchedule(**schedule.model_dump())
     by_pickle = pickle.loads(pickle.dumps(schedule))  # noqa: S301  # made here
-    for copy in (by_json, by_json_dict, by_dict, by_pickle):
-        assert copy == schedule
-        assert hash(copy) == hash(schedule)
-        assert list(copy) == list(schedule)
+    for back in (by_json, by_json_dict, by_dict, by_pickle):
+        assert back == schedule
+        assert hash(back) == hash(schedule)
+        assert list(back) == list(schedule)
 
 
 @given(schedules())
@@ -279,8 +282,16 @@ def test_milestones_are_immutable_and_read_json_keys() -> None:
     given_dict["10"] = 7
     assert preset.milestones == {10: 1, 20: 4}
     assert hash(preset) == hash(MilestonePreset(milestones={10: 1, 20: 4}))
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match=r"`milestones` must stay as they are, got a change; use preset\.replace"):
         preset.milestones[10] = 2  # type: ignore[index]
+    for change in (lambda m: m.update({10: 2}), lambda m: m.pop(10), lambda m: m.clear(), lambda m: m.setdefault(5, 1)):
+        with pytest.raises(TypeError, match="`milestones` must stay as they are"):
+            change(preset.milestones)
+    assert preset.milestones == {10: 1, 20: 4}
+    for copied in (copy.copy(preset), copy.deepcopy(preset), pickle.loads(pickle.dumps(preset))):  # noqa: S301  # made here
+        assert copied == preset
+        assert hash(copied) == hash(preset)
+        assert type(copied.milestones) is type(preset.milestones)
 
 
 @pytest.mark.parametrize("preset", [MEDIUM, MilestonePreset(milestones={1: 1}), FractionPreset(), GUIDE])
@@ -342,3 +353,114 @@ def test_a_schedule_leaves_torch_alone() -> None:
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# --- help, and YAML
+
+
+def test_help_is_about_us() -> None:
+    """`help(unfreeze_sched)` has every public name and our methods, and of pydantic's only the four ways out and in."""
+    text = pydoc.plain(pydoc.render_doc(unfreeze_sched))
+    assert len(text.splitlines()) < 1_300  # half of it was pydantic's
+    for name in (
+        *unfreeze_sched.__all__,
+        "blocks_at",
+        "transitions",
+        "replace",
+        "model_dump_json",
+        "model_validate_json",
+    ):
+        assert name in text
+    for name in ("model_construct", "parse_raw", "__pydantic_validator__", "model_config", "BeforeValidator"):
+        assert name not in text
+    assert (
+        "RatePreset(*, kind: Literal['rate'] = 'rate', unfreeze_start_epoch: int = 10, unfreeze_rate: int = 5" in text
+    )
+
+
+def test_an_instance_hides_nothing() -> None:
+    """`dir` of a class is ours, and of an instance everything that it has."""
+    assert dir(FractionPreset)[:2] == ["blocks_at", "change_epochs"]
+    assert {"__getitem__", "__iter__", "__len__", "transitions", "model_dump"} < set(dir(UnfreezeSchedule))
+    assert {"model_fields_set", "model_copy", "unfreeze_rate", "blocks_at", "__dict__"} < set(dir(MEDIUM))
+
+
+Schedule = UnfreezeSchedule | RatePreset | MilestonePreset | FractionPreset
+MILESTONES = MilestonePreset(milestones={10: 1, 20: 4})
+
+
+class Trains:
+    def __init__(self, schedule: Schedule, rate: float = 1.0) -> None:
+        self.schedule, self.rate = schedule, rate
+
+
+def trains(schedule: Schedule) -> Schedule:
+    return schedule
+
+
+class TrainsByDefault:
+    def __init__(self, schedule: Schedule = MILESTONES) -> None:
+        self.schedule = schedule
+
+
+YAML = [
+    ("class_path: unfreeze_sched.RatePreset, init_args: {unfreeze_rate: 3}", RatePreset(unfreeze_rate=3)),
+    ("class_path: unfreeze_sched.MilestonePreset, init_args: {milestones: {10: 1, 20: 4}}", MILESTONES),
+    ("class_path: unfreeze_sched.FractionPreset, init_args: {start: 0.1}", FractionPreset(start=0.1)),
+    ("kind: milestones, milestones: {10: 1, 20: 4}", MILESTONES),
+    (
+        "class_path: unfreeze_sched.UnfreezeSchedule, init_args: {total_blocks: 5, total_epochs: 50, preset: {class_path: unfreeze_sched.MilestonePreset, init_args: {milestones: {10: 1, 20: 4}}}}",
+        UnfreezeSchedule(preset=MILESTONES, total_blocks=5, total_epochs=50),
+    ),
+    (
+        "preset: {kind: fraction}, total_blocks: 5, total_epochs: 50",
+        UnfreezeSchedule(preset=FractionPreset(), total_blocks=5, total_epochs=50),
+    ),
+]
+
+
+def parser_of(kind: str) -> Any:
+    parser = pytest.importorskip("jsonargparse").ArgumentParser(exit_on_error=False)
+    if kind == "function":
+        parser.add_function_arguments(trains, "it")
+    elif kind == "class":
+        parser.add_class_arguments(Trains, "it")
+    else:  # as Lightning's CLI has its model and its callbacks
+        parser.add_subclass_arguments(Trains, "it")
+    return parser
+
+
+@pytest.mark.parametrize("kind", ["function", "class", "subclass"])
+@pytest.mark.parametrize(("text", "expected"), YAML)
+def test_yaml_by_jsonargparse(text: str, expected: Any, kind: str) -> None:
+    """Every preset and a whole schedule are read from YAML as Lightning's CLI does, and written and read again."""
+    parser = parser_of(kind)
+    own = f"schedule: {{{text}}}"
+    config = parser.parse_string(
+        f"it: {{class_path: {__name__}.Trains, init_args: {{{own}}}}}" if kind == "subclass" else f"it: {{{own}}}"
+    )
+    again = parser.parse_string(parser.dump(config))
+    for parsed in (config, again):
+        made = parser.instantiate(parsed).it
+        assert (made.schedule if kind != "function" else made["schedule"]) == expected
+
+
+def test_a_preset_as_a_default_for_jsonargparse() -> None:
+    """A parameter whose default is a preset keeps it, also through a written configuration."""
+    parser = pytest.importorskip("jsonargparse").ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(TrainsByDefault, "it")
+    config = parser.parse_string("{}")
+    assert parser.instantiate(config).it.schedule == MILESTONES
+    assert parser.instantiate(parser.parse_string(parser.dump(config))).it.schedule == MILESTONES
+
+
+def test_jsonargparse_tells_our_error() -> None:
+    """A wrong value in YAML is met with our own words."""
+    parser = parser_of("class")
+    config = parser.parse_string(
+        "it: {schedule: {class_path: unfreeze_sched.RatePreset, init_args: {unfreeze_rate: 0}}}"
+    )
+    with pytest.raises(
+        ValueError, match="`unfreeze_rate` must be an integer of at least 1, got 0; it is a whole number"
+    ):
+        parser.instantiate(config)

@@ -7,14 +7,14 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from math import ceil
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import PlainSerializer, PlainValidator, WithJsonSchema, model_validator
+from pydantic import Field, field_serializer, field_validator, model_validator
 
 from unfreeze_sched._checks import FrozenModel, as_count, count_field, ratio_field
 
-_Scale = Annotated[float, ratio_field("0.1 gives a joining block a tenth of the head's learning rate", zero=False)]
-_Share = Annotated[float, ratio_field("it is a share of total_epochs, such as 0.2", zero=True)]
+_SCALE = "0.1 gives a joining block a tenth of the head's learning rate"
+_SHARE = "it is a share of total_epochs, such as 0.2"
 
 
 class RatePreset(FrozenModel):
@@ -38,9 +38,13 @@ class RatePreset(FrozenModel):
     """
 
     kind: Literal["rate"] = "rate"
-    unfreeze_start_epoch: Annotated[int, count_field(0, "epochs are 0-based whole numbers, such as 10")] = 10
-    unfreeze_rate: Annotated[int, count_field(1, "it is a whole number of epochs, such as 5")] = 5
-    learning_rate_scale: _Scale = 0.1
+    unfreeze_start_epoch: int = 10
+    unfreeze_rate: int = 5
+    learning_rate_scale: float = 0.1
+
+    _start = count_field("unfreeze_start_epoch", minimum=0, fix="epochs are 0-based whole numbers, such as 10")
+    _rate = count_field("unfreeze_rate", minimum=1, fix="it is a whole number of epochs, such as 5")
+    _scale = ratio_field("learning_rate_scale", fix=_SCALE)
 
     def blocks_at(self, epoch: int, total_blocks: int, total_epochs: int) -> int:
         """The number of unfrozen blocks at a 0-based epoch; `total_epochs` plays no part."""
@@ -55,29 +59,28 @@ class RatePreset(FrozenModel):
         yield from range(self.unfreeze_start_epoch, min(last, total_epochs), self.unfreeze_rate)
 
 
-class Milestones(Mapping[int, int]):
-    """Epoch -> number of blocks: read-only, hashable, equal to a dict with the same items."""
+class Milestones(dict[int, int]):
+    """Epoch -> number of blocks: read-only and hashable; a dict, since configuration tools take no other mapping."""
 
-    def __init__(self, items: Mapping[int, int]) -> None:
-        self._items = dict(items)
+    __slots__ = ()  # jsonargparse copies a dict's `__dict__` instead of its items, where it has one
 
-    def __getitem__(self, epoch: int) -> int:
-        return self._items[epoch]
+    def __new__(cls, items: Mapping[int, int] | None = None) -> Any:
+        """A plain dict where there are no items: jsonargparse begins its copies with such a one, and fills them."""
+        return super().__new__(cls) if items else {}
 
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._items)
+    def _refuse(self, *_: Any, **__: Any) -> Any:
+        raise TypeError("`milestones` must stay as they are, got a change; use preset.replace(milestones={...})")
 
-    def __len__(self) -> int:
-        return len(self._items)
+    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse
 
-    def __hash__(self) -> int:
-        return hash(tuple(self._items.items()))
+    def __hash__(self) -> int:  # type: ignore[override]  # a dict has none, since it may change
+        return hash(tuple(self.items()))
 
-    def __repr__(self) -> str:
-        return repr(self._items)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Milestones, (dict(self),)  # a pickled dict is filled item by item too
 
 
-def _milestones(value: Any) -> Milestones:
+def _milestones(value: Any) -> Mapping[int, int]:
     if not isinstance(value, Mapping) or not value:
         raise ValueError(
             f"`milestones` must map epochs to numbers of blocks, got {value!r}; pass a dict such as {{10: 1, 20: 4}}"
@@ -96,7 +99,18 @@ def _milestones(value: Any) -> Milestones:
             raise ValueError(f"`milestones` must have ascending epochs, got {epoch} after {last}; sort them")
         items[epoch] = blocks
         last = epoch
-    return Milestones(items)
+    milestones: Mapping[int, int] = Milestones(items)
+    return milestones
+
+
+def _plain(milestones: Mapping[int, int]) -> dict[int, int]:
+    return dict(milestones)  # `dict` itself has no signature, and pydantic 2.7 asks for one
+
+
+_MILESTONES_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "additionalProperties": {"type": "integer", "minimum": 0},
+}
 
 
 class MilestonePreset(FrozenModel):
@@ -118,14 +132,16 @@ class MilestonePreset(FrozenModel):
     """
 
     kind: Literal["milestones"] = "milestones"
-    milestones: Annotated[
-        Mapping[int, int],
-        # Plain, since pydantic's own validation of a Mapping hands back a dict, which changes and has no hash.
-        PlainValidator(_milestones),
-        PlainSerializer(dict, return_type=dict[int, int]),
-        WithJsonSchema({"type": "object", "additionalProperties": {"type": "integer", "minimum": 0}}),
-    ]
-    learning_rate_scale: _Scale = 0.1
+    milestones: Mapping[int, int] = Field(json_schema_extra=_MILESTONES_SCHEMA)
+    learning_rate_scale: float = 0.1
+
+    # Plain, since pydantic's own validation of a Mapping hands back a dict, which changes and has no hash.
+    _epochs = field_validator("milestones", mode="plain")(_milestones)
+    _scale = ratio_field("learning_rate_scale", fix=_SCALE)
+
+    @field_serializer("milestones")
+    def _as_dict(self, milestones: Mapping[int, int]) -> dict[int, int]:
+        return dict(milestones)
 
     def blocks_at(self, epoch: int, total_blocks: int, total_epochs: int) -> int:
         """The number of unfrozen blocks at a 0-based epoch; the totals play no part."""
@@ -164,9 +180,13 @@ class FractionPreset(FrozenModel):
     """
 
     kind: Literal["fraction"] = "fraction"
-    start: _Share = 0.2
-    end: _Share = 0.8
-    learning_rate_scale: _Scale = 0.1
+    start: float = 0.2
+    end: float = 0.8
+    learning_rate_scale: float = 0.1
+
+    _start = ratio_field("start", fix=_SHARE, zero=True)
+    _end = ratio_field("end", fix=_SHARE, zero=True)
+    _scale = ratio_field("learning_rate_scale", fix=_SCALE)
 
     @model_validator(mode="after")
     def _start_before_end(self) -> Self:

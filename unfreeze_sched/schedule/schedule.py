@@ -6,9 +6,9 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from itertools import accumulate
-from typing import Annotated, Any, Self
+from typing import Any, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from unfreeze_sched._checks import FrozenModel, as_count, count_field
 from unfreeze_sched.schedule.presets import FractionPreset, MilestonePreset, Preset, RatePreset
@@ -51,9 +51,13 @@ class UnfreezeSchedule(FrozenModel):
         True
     """
 
-    preset: Annotated[Preset, BeforeValidator(_known_kind), Field(discriminator="kind")]
-    total_blocks: Annotated[int, count_field(1, "count the encoder's blocks: len(blocks)")]
-    total_epochs: Annotated[int, count_field(1, "it is the number of epochs of the run, such as 50")]
+    preset: Preset = Field(discriminator="kind")
+    total_blocks: int
+    total_epochs: int
+
+    _preset = field_validator("preset", mode="before")(_known_kind)
+    _blocks = count_field("total_blocks", minimum=1, fix="count the encoder's blocks: len(blocks)")
+    _epochs = count_field("total_epochs", minimum=1, fix="it is the number of epochs of the run, such as 50")
 
     @model_validator(mode="after")
     def _refuse_what_does_not_fit(self) -> Self:
@@ -123,6 +127,7 @@ class UnfreezeSchedule(FrozenModel):
         return blocks[place], peaks[place]
 
     def __getitem__(self, epoch: int) -> int:
+        """The number of unfrozen blocks at an epoch of the run."""
         number = self.blocks_at(epoch)
         if epoch >= self.total_epochs:
             raise IndexError(
@@ -131,7 +136,9 @@ class UnfreezeSchedule(FrozenModel):
         return number
 
     def __len__(self) -> int:
+        """`total_epochs`."""
         return self.total_epochs
 
     def __iter__(self) -> Iterator[int]:  # type: ignore[override]  # a sequence of numbers, where pydantic has its fields
+        """The numbers, epoch by epoch."""
         return map(self.blocks_at, range(self.total_epochs))
