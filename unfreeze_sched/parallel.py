@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -46,8 +47,10 @@ def rewrap_ddp(ddp: DistributedDataParallel) -> DistributedDataParallel:
     """A new DDP around the same module, which reduces what is trainable now.
 
     A DDP reduces the parameters that were trainable when it was made. Call this on all ranks after each transition;
-    only the trainable parameters are reduced then. Nothing is sent and no weight or buffer moves. A communication hook
-    goes with its state; one whose state counts buckets, such as PowerSGD's, has to be registered by hand instead.
+    only the trainable parameters are reduced then. Nothing is sent and no weight or buffer moves; before torch 2.7,
+    whose constructor has no `init_sync`, rank 0 sends all weights, which the ranks agree upon, and with
+    `broadcast_buffers` its buffers, as it does at each forward. A communication hook goes with its state; one whose
+    state counts buckets, such as PowerSGD's, has to be registered by hand instead.
 
     Args:
         ddp: The wrapped model; leave it unused from now on.
@@ -80,22 +83,16 @@ def rewrap_ddp(ddp: DistributedDataParallel) -> DistributedDataParallel:
                 f"`ddp` must be made without {argument}, whose hooks stay in the module, got one with it; "
                 "wrap everything while it is trainable, with find_unused_parameters=True"
             )
-    caps = [size / 2**20 for size in ddp.bucket_bytes_cap_list]
     new = DistributedDataParallel(
         ddp.module,
         device_ids=ddp.device_ids,
         output_device=ddp.output_device,
         dim=ddp.dim,
-        forward_sync_buffers=ddp.forward_sync_buffers,
-        init_sync=False,  # the ranks agree already, and buffers that are a rank's own have to stay
         process_group=ddp.process_group,
-        bucket_cap_mb=None if ddp.bucket_bytes_cap_default or caps else ddp.bucket_bytes_cap / 2**20,
-        bucket_cap_mb_list=caps or None,  # type: ignore[arg-type]  # torch multiplies them by bytes a MiB, then rounds
         find_unused_parameters=ddp.find_unused_parameters,
         gradient_as_bucket_view=ddp.gradient_as_bucket_view,
         static_graph=ddp.static_graph,
-        skip_all_reduce_unused_params=ddp.skip_all_reduce_unused_params,
-        batched_grad_copy=ddp.batched_grad_copy,
+        **_by_version(ddp, inspect.signature(DistributedDataParallel).parameters),
     )
     for hook, state in ddp._comm_hooks:  # noqa: SLF001  # torch has no public way to list them
         new.register_comm_hook(state, hook)
@@ -103,6 +100,26 @@ def rewrap_ddp(ddp: DistributedDataParallel) -> DistributedDataParallel:
     new.training = ddp.training
     new.require_backward_grad_sync = ddp.require_backward_grad_sync
     return new
+
+
+def _by_version(ddp: DistributedDataParallel, taken: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
+    """The arguments that a constructor takes or does not, by torch's version, as the wrapper was given them."""
+    arguments: dict[str, Any] = {
+        # From torch 2.8, 2.12 and 2.13 on. The last took the place of `broadcast_buffers`, which warns beside it.
+        name: getattr(ddp, name)
+        for name in ("skip_all_reduce_unused_params", "batched_grad_copy", "forward_sync_buffers")
+        if name in taken
+    }
+    if "forward_sync_buffers" not in taken:
+        arguments["broadcast_buffers"] = ddp.broadcast_buffers
+    if "init_sync" in taken:  # from torch 2.7 on
+        arguments["init_sync"] = False  # the ranks agree already, and buffers that are a rank's own have to stay
+    caps = [size / 2**20 for size in getattr(ddp, "bucket_bytes_cap_list", [])]
+    if caps:  # from torch 2.11 on, which multiplies them by bytes a MiB, then rounds
+        arguments["bucket_cap_mb_list"] = caps
+    elif not ddp.bucket_bytes_cap_default:
+        arguments["bucket_cap_mb"] = ddp.bucket_bytes_cap / 2**20
+    return arguments
 
 
 @contextmanager
