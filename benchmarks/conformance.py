@@ -3,7 +3,8 @@
     python benchmarks/conformance.py [--quick] [--output FOLDER]
 
 Beside the library, late and declared, stand a bare `add_param_group`, re-creating the optimizer, and Lightning's
-`unfreeze_and_add_param_group`, each given the right learning rate. The quick part runs in the tests.
+`unfreeze_and_add_param_group`, each given the right learning rate. The runs themselves are
+those of `tests/conformance`.
 """
 
 from __future__ import annotations
@@ -12,19 +13,23 @@ import argparse
 import json
 import platform
 import re
+import sys
 import warnings
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import optimizers_matrix as optimizers
-import schedulers_matrix as schedulers
 import torch
-from measuring import as_markdown
 from torch import nn
 
 HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE.parent / "tests" / "conformance"), str(HERE / "speed")]
+
+import optimizers_matrix as optimizers  # noqa: E402  # from the folders above
+import schedulers_matrix as schedulers  # noqa: E402  # likewise
+from measuring import RESULTS, as_markdown  # noqa: E402  # likewise
+
 PACKAGES = ("torch", "timm", "transformers", "schedulefree", "prodigyopt", "lion-pytorch", "pytorch-optimizer",
             "accelerate", "lightning", "unfreeze-sched")  # fmt: skip
 SCALE = 0.5
@@ -34,15 +39,15 @@ def peer_arm(case: optimizers.Case, way: str) -> optimizers.Arm:
     """The run in which blocks join by one of the common ways; one that was there already stays."""
     net = optimizers.net_of(case)
     blocks = list(reversed(net.blocks))
-    met: list[int] = []
+    reached: list[int] = []
 
     def groups(number: int) -> optimizers.Groups:
         joined = [optimizers.group_of(block, optimizers.LR * SCALE) for block in blocks[:number]]
         return [optimizers.group_of(net.head, optimizers.LR), *joined]
 
     def join(live: list[Any], number: int) -> None:
-        new = [index for index in range(number) if index not in met]
-        met.extend(new)
+        new = [index for index in range(number) if index not in reached]
+        reached.extend(new)
         if way == "re-creating the optimizer":
             live[:] = [optimizers.made(case, groups(number))]
         for index in new if way == "bare add_param_group" else []:
@@ -122,7 +127,7 @@ def main() -> None:
     """Run everything and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one scale an optimizer, every fourth scheduler")
-    parser.add_argument("--output", type=Path, default=HERE / "results", help="folder for conformance.json and .md")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for conformance.json and .md")
     args = parser.parse_args()
     torch.set_num_threads(1)
     with warnings.catch_warnings():

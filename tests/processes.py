@@ -14,18 +14,23 @@ from torch import distributed
 from unfreeze_sched import __main__
 
 
+def environment() -> dict[str, str]:
+    """That of a process which finds the modules that this one finds."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+
+
 def two_ranks(folder: Path, code: str) -> dict[str, Any]:
-    """Run a script under torchrun on two processes, given the folder and that of the tests; what it saved, by name."""
+    """Run a script under torchrun on two processes, given the folder; what it saved, by name."""
     script = folder / "script.py"
     script.write_text(code)
     command = [*(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")]
     done = subprocess.run(
-        [*command, str(script), str(folder), str(Path(__file__).parent)],
+        [*command, str(script), str(folder)],
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**environment(), "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return {path.stem: torch.load(path, weights_only=True) for path in folder.glob("*.pt")}

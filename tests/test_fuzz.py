@@ -37,9 +37,10 @@ Image = pytest.importorskip("PIL.Image")
 from images import write_images  # noqa: E402  # after the skips
 
 from unfreeze_sched.cli import main  # noqa: E402  # likewise
-from unfreeze_sched.distill import checkpoints, training  # noqa: E402  # likewise
-from unfreeze_sched.distill.command.arguments import add_arguments  # noqa: E402  # likewise
+from unfreeze_sched.distill import checkpoints  # noqa: E402  # likewise
 from unfreeze_sched.distill.checkpoints import CheckpointError, load_segmentation_state, read_checkpoint  # noqa: E402  # likewise
+from unfreeze_sched.distill.command import training  # noqa: E402  # likewise
+from unfreeze_sched.distill.command.arguments import add_arguments  # noqa: E402  # likewise
 from unfreeze_sched.distill.command.data import load_folder  # noqa: E402  # likewise
 from unfreeze_sched.distill.loss import DistillationLoss  # noqa: E402  # likewise
 

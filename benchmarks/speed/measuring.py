@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-HERE = Path(__file__).parent
+RESULTS = Path(__file__).parents[1] / "results"
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def parse(doc: str | None, argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="folder for the files (default: results; quick: runs/quick)")
     args = parser.parse_args(argv)
     # A look must not overwrite what is published.
-    args.output = args.output or (Path("runs/quick") if args.quick else HERE / "results")
+    args.output = args.output or (Path("runs/quick") if args.quick else RESULTS)
     return args
 
 

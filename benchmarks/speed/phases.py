@@ -1,6 +1,6 @@
 """Time and memory of a training step by the number of unfrozen blocks, beside what `unfreeze-sched plan` predicts.
 
-    python benchmarks/phases.py [--quick] [--output FOLDER]
+    python benchmarks/speed/phases.py [--quick] [--output FOLDER]
 
 Each phase is brought about by `ProgressiveUnfreezer.apply`; AdamW (fused), binary cross-entropy on random targets. The
 phases take turns, a whole step each. Memory is measured in a step of its own: activations are the storages that autograd
@@ -224,7 +224,7 @@ def text_of(rows: dict[str, list[dict[str, Any]]], alone: dict[str, dict[str, An
     parts = [
         "# Time and memory by phase",
         (
-            "Made by `python benchmarks/phases.py`, whose head says how. Medians, interquartile ranges in brackets; memory in "
+            "Made by `python benchmarks/speed/phases.py`, whose head says how. Medians, interquartile ranges in brackets; memory in "
             "MiB, measured / predicted by `unfreeze-sched plan`. The sizes are what two cores can do; the shares depend on "
             "them little."
         ),

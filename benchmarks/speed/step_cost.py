@@ -1,6 +1,6 @@
 """What a training step costs with the library, against an optimizer that was built at once for the same parameters.
 
-    python benchmarks/step_cost.py [--quick] [--output FOLDER]
+    python benchmarks/speed/step_cost.py [--quick] [--output FOLDER]
 
 Three phases of a run: before the first transition, between two, after the last. The arms share one network and take
 turns, a whole step each: zero_grad, forward, backward, optimizer. `late` and `declared` have one group a block, as the
@@ -205,7 +205,7 @@ def probing(training: Training, rounds: int) -> dict[str, Spread]:
     late = arms(training, len(training.network.blocks), {"fused": True})["late"]
     assert late.unfreezer is not None
     first_step = late.unfreezer.rebuilder.first_step
-    named = [part.named for parts in late.unfreezer.rebuilder.parts for part in parts]
+    named = [subset.named for subsets in late.unfreezer.rebuilder.subsets for subset in subsets]
     late.step(training)
 
     def timed(*, probe: bool) -> float:
@@ -255,7 +255,7 @@ def text_of(rows: dict[str, list[dict[str, Any]]], kept: dict[str, dict[str, dic
     parts = [
         "# What a step costs",
         (
-            "Made by `python benchmarks/step_cost.py`, whose head says what the arms are. Medians, interquartile ranges in "
+            "Made by `python benchmarks/speed/step_cost.py`, whose head says what the arms are. Medians, interquartile ranges in "
             "brackets."
         ),
         "## Targets",

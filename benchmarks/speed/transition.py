@@ -1,6 +1,6 @@
 """What a transition costs: `apply` and `sync` against `add_param_group`, re-creating AdamW, and the ways of others.
 
-    python benchmarks/transition.py [--quick] [--output FOLDER]
+    python benchmarks/speed/transition.py [--quick] [--output FOLDER]
 
 In each arm the same parameters join an AdamW that has a state for the head, with a cosine scheduler attached; what an
 arm does is in `transition_arms.py`. The arms' groups are asserted equal before anything is timed, and what survives of
@@ -237,7 +237,7 @@ def publish(
     parts = [
         "# What a transition costs",
         (
-            "Made by `python benchmarks/transition.py`. Half of the tensors are a head with moments in AdamW, under a cosine "
+            "Made by `python benchmarks/speed/transition.py`. Half of the tensors are a head with moments in AdamW, under a cosine "
             "scheduler; the other half join. Medians, interquartile ranges in brackets. The floor is a bare "
             "`add_param_group`, which neither sets `requires_grad` nor tells the scheduler."
         ),

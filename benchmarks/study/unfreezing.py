@@ -1,6 +1,6 @@
 """What unfreezing buys: frozen, full and progressive fine-tuning, paired by seed.
 
-    python benchmarks/unfreezing.py [--quick] [--seeds 8] [--until HH:MM] [--processes 2] [--cells FOLDER] [--output FOLDER]
+    python benchmarks/study/unfreezing.py [--quick] [--seeds 8] [--until HH:MM] [--processes 2] [--cells FOLDER] [--output FOLDER]
 
 Learning rates and scales are chosen first, on validation images of seeds that the table does not use. Then each cell
 (arm, seed, LR schedule, length) is trained once and kept in a file of its own; a run that is started
@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -25,12 +26,15 @@ from statistics import mean
 from typing import Any, Literal
 
 import torch
-import unfreezing_report
-from unfreezing_arms import ARMS, LONG_ARMS, SHORT_ARMS, Run, Setting, long, short, train
 
 import unfreeze_sched
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "speed"))
+
+import unfreezing_report  # noqa: E402  # its tables are made by the timing scripts' own function
+from unfreezing_arms import ARMS, LONG_ARMS, SHORT_ARMS, Run, Setting, long, short, train  # noqa: E402  # likewise
+
 LRS = (1e-3, 3e-3, 1e-2)
 SCALES = (0.1, 0.3)  # of the guide's presets for medium and large data
 TUNING_SEEDS = (1000, 1001)
@@ -217,7 +221,7 @@ def main(argv: list[str] | None = None) -> None:
     setting = QUICK if args.quick else Setting()
     seeds = args.seeds or (2 if args.quick else 8)
     # A look must not overwrite the published cells.
-    output = args.output or (args.cells / "tables" if args.quick else HERE / "results")
+    output = args.output or (args.cells / "tables" if args.quick else HERE.parent / "results")
     cells = Cells(args.cells / ("quick" if args.quick else "full"), output / "unfreezing.json", setting)
     choices = dict(QUICK_CHOICES) if args.quick else tuning(cells, setting, until, args.processes)
     if choices is None:

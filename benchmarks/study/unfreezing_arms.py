@@ -22,9 +22,9 @@ from torch.utils.data import DataLoader, Subset
 
 from unfreeze_sched import Block, MilestonePreset, ProgressiveUnfreezer, RatePreset, UnfreezeSchedule, encoder_blocks
 from unfreeze_sched.distill.command.data import SegmentationData, epoch_generator, load_sample
+from unfreeze_sched.distill.command.metrics import confusion_matrix, mean_iou
 from unfreeze_sched.distill.imagenet import normalisation
 from unfreeze_sched.distill.loss import DistillationLoss
-from unfreeze_sched.distill.command.metrics import confusion_matrix, mean_iou
 from unfreeze_sched.distill.wrapper import StudentUnet, load_student_weights
 from unfreeze_sched.model.freezing import Norms, freeze, unfreeze
 

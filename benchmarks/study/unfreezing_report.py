@@ -337,7 +337,7 @@ CPU time on one thread, on a shared machine, and what it took to reach the froze
 
 TEXT = """# What unfreezing buys
 
-`python benchmarks/unfreezing.py` (`--quick` for a look; a second call goes on where the first stopped, this file's cells
+`python benchmarks/study/unfreezing.py` (`--quick` for a look; a second call goes on where the first stopped, this file's cells
 included). Written by the script; losing results stand as they are.
 
 {state}

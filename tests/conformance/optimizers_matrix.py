@@ -1,7 +1,5 @@
 """Every optimizer at hand through a run of late joins, against the run that the joins promise to equal.
 
-    python benchmarks/optimizers_matrix.py [--quick]
-
 Two arms train equal networks on equal data, and weights and states are compared after every step. One is the
 library's; the other is one of three targets:
 
@@ -14,7 +12,6 @@ library's; the other is one of three targets:
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
 import dataclasses
@@ -535,18 +532,3 @@ def rows(quick: bool) -> list[dict[str, Any]]:
                 if quick and not said.startswith("refused: `learning_rate_scale`"):
                     break
     return table
-
-
-def main() -> None:
-    """Print the matrix as Markdown."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one scale an optimizer")
-    table = rows(parser.parse_args().quick)
-    print("| optimizer | membership | scale | target | verdict |\n|---|---|---|---|---|")
-    for row in table:
-        target = f"{row['target']} ({row['why']})" if row["why"] else row["target"]
-        print(f"| {row['optimizer']} | {row['membership']} | {row['scale']} | {target} | {row['verdict']} |")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,14 +1,12 @@
 """LR schedulers x ways to join: what a group that joins late gets, against one that was there from the start.
 
-    python benchmarks/schedulers_matrix.py [--quick]
-
 `Twins` steps an optimizer whose groups join late beside one that had them from the start, under equal schedulers, and
-compares every rate, momentum and state. The tests run it too, over many more join steps and ratios.
+compares every rate, momentum and state. `benchmarks/conformance.py` renders the table; the tests go over many
+more join steps and ratios.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import warnings
 from collections.abc import Callable
@@ -19,7 +17,6 @@ import timm.scheduler
 import timm.scheduler.wsd_lr
 import torch
 import transformers.optimization
-from measuring import as_markdown
 from torch import nn
 from torch.optim import lr_scheduler as lrs
 from torch.optim.swa_utils import SWALR
@@ -374,14 +371,3 @@ def rows(*, quick: bool = False) -> list[dict[str, str]]:
             {"scheduler": recipe.name, **{way: verdict(recipe, way) for way in WAYS}}
             for recipe in (recipes[::4] if quick else recipes)
         ]
-
-
-def main() -> None:
-    """Print the matrix as Markdown."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
-    print(as_markdown(rows(quick=parser.parse_args().quick)))
-
-
-if __name__ == "__main__":
-    main()

@@ -16,7 +16,7 @@ pytest.importorskip("transformers")
 
 from schedulers_matrix import BASE, RECIPES, REFUSED, Ratios, Recipe, Twins, plain, run, sequential
 
-from unfreeze_sched import lr_schedulers as rows
+from unfreeze_sched.optimizer import rates
 
 # SequentialLR steps a chain within it once while it is made.
 pytestmark = [
@@ -65,7 +65,7 @@ def test_declared_groups_on_a_scheduler_that_exists(recipe: Recipe) -> None:
 
 def double_a_base(twins: Twins) -> None:
     for scheduler in twins.schedulers:
-        for part in rows._parts(scheduler):
+        for part in rates._with_inner(scheduler):
             if hasattr(part, "base_lrs"):
                 part.base_lrs[-1] *= 1 + 1e-9
 

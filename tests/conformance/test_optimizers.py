@@ -1,27 +1,18 @@
-"""Late join is exact for every optimizer at hand, or refused by name; the comparison is `benchmarks/optimizers_matrix`."""
+"""Late join is exact for every optimizer at hand, or refused by name; the comparison is `optimizers_matrix`."""
 
 from __future__ import annotations
 
 import copy
 import functools
-import importlib.util
-import sys
-from pathlib import Path
 from typing import Any
 
+import optimizers_matrix as matrix
 import pytest
 import torch
 from torch import nn
 
-from unfreeze_sched import Block, OptimizerRebuilder, optimizers
-
-_PATH = Path(__file__).parents[1] / "benchmarks" / "optimizers_matrix.py"
-_SPEC = importlib.util.spec_from_file_location("optimizers_matrix", _PATH)
-assert _SPEC is not None
-assert _SPEC.loader is not None
-matrix: Any = importlib.util.module_from_spec(_SPEC)
-sys.modules["optimizers_matrix"] = matrix  # dataclasses look their module up
-_SPEC.loader.exec_module(matrix)
+from unfreeze_sched import Block, OptimizerRebuilder
+from unfreeze_sched.optimizer import groups
 
 po = pytest.importorskip("pytorch_optimizer")
 for package in ("schedulefree", "prodigyopt", "lion_pytorch", "transformers", "accelerate"):
@@ -98,7 +89,7 @@ def test_how_many_are_right() -> None:
 def copy_counters(arm: Any) -> None:
     """The new group's counters are the head's."""
     head, group = arm.optimizers[0].param_groups[:2]
-    for key in optimizers.counters(arm.optimizers[0]) & head.keys():
+    for key in groups.counters(arm.optimizers[0]) & head.keys():
         group[key] = copy.deepcopy(head[key])
 
 
@@ -144,12 +135,12 @@ def test_the_comparison_can_fail(name: str, mutation: Any) -> None:
 @pytest.mark.parametrize("name", ["pytorch_optimizer dadaptadam", "pytorch_optimizer prodigy"])
 def test_a_shared_estimate_is_not_reset(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A group that starts with `d0` would not be that of the run that shares one estimate from the start."""
-    monkeypatch.setattr(optimizers, "_is_shared", lambda _: False)
+    monkeypatch.setattr(groups, "_SHARED", "none of the keys")
     optimizer = matrix.made(CASES[name], [matrix.group_of(nn.Linear(4, 4), 0.01)])
     optimizer.param_groups[0].update(d=0.5, d_max=0.5)
-    assert optimizers.group_like(optimizer, optimizer.param_groups[0])["d"] != 0.5
+    assert groups.group_like(optimizer, optimizer.param_groups[0])["d"] != 0.5
     monkeypatch.undo()
-    group = optimizers.group_like(optimizer, optimizer.param_groups[0])
+    group = groups.group_like(optimizer, optimizer.param_groups[0])
     assert (group["d"], group["d_max"]) == (0.5, 0.5)
 
 
@@ -245,9 +236,9 @@ def test_names_are_kept_in_step() -> None:
 def test_the_optimizers_own_rates_grow_and_shrink() -> None:
     """AdaBound's `base_lrs` get the group's rate, and lose it when the join fails (trap 13)."""
     _, optimizer, make = parts(po.AdaBound, lr=0.1)
-    optimizers.add(optimizer, {"params": [nn.Parameter(torch.ones(2))], "lr": 0.01}, 0, 0.1)
+    groups.add(optimizer, {"params": [nn.Parameter(torch.ones(2))], "lr": 0.01}, 0, 0.1)
     assert optimizer.base_lrs == [0.1, 0.1 * 0.1]
-    optimizers.leave(optimizer, 1)
+    groups.take_back(optimizer, 1)
     assert (optimizer.base_lrs, len(optimizer.param_groups)) == ([0.1], 1)
     make(learning_rate_scale=0.5).sync()
     assert optimizer.base_lrs == [0.1, 0.05]
@@ -290,9 +281,9 @@ def test_counters_are_read_from_the_source() -> None:
     import schedulefree  # noqa: PLC0415
 
     _, optimizer, _ = parts(schedulefree.AdamWScheduleFree)
-    assert optimizers.counters(optimizer) == {"k", "weight_sum", "lr_max", "scheduled_lr"}
+    assert groups.counters(optimizer) == {"k", "weight_sum", "lr_max", "scheduled_lr"}
     _, optimizer, _ = parts(torch.optim.AdamW)
-    assert optimizers.counters(optimizer) == frozenset()
+    assert groups.counters(optimizer) == frozenset()
 
 
 # What is refused.

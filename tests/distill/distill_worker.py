@@ -15,7 +15,7 @@ import torch
 
 from unfreeze_sched.__main__ import leave
 from unfreeze_sched.cli import main
-from unfreeze_sched.distill import command, training
+from unfreeze_sched.distill.command import run, training
 
 train, evaluate, save = training.train, training.evaluate, training.save_atomically
 
@@ -33,7 +33,7 @@ def watch(folder: Path, rank: str) -> None:
         save(state, path)
         shutil.copy(path, folder / f"{path.parent.name}.{len(state['records']) - 1}.last.pth")
 
-    command.train, training.save_atomically = watched_train, watched_save
+    run.train, training.save_atomically = watched_train, watched_save
 
 
 def failing_evaluate(arm: Any, *rest: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from typing import Any
 import joint_worker
 import pytest
 import torch
+from processes import environment
 
 pytest.importorskip("segmentation_models_pytorch")
 pytest.importorskip("PIL.Image")
@@ -25,7 +25,7 @@ from unfreeze_sched.distill.command.joint import share_of
 from unfreeze_sched.distill.command.ranks import Ranks, first_to_fail
 
 HERE = Path(__file__).parent
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "GLOO_SOCKET_IFNAME": "lo"}
+ENVIRONMENT = environment() | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "GLOO_SOCKET_IFNAME": "lo"}
 WORDS = [
     *("--image-size", "32", "--batch-size", "5", "--epochs", "3", "--teacher-epochs", "1", "--device", "cpu"),
     *("--teacher-encoder", "resnet18", "--student-weights", "none", "--unfreeze-start", "1", "--unfreeze-rate", "1"),

@@ -12,8 +12,8 @@ import pytest
 
 Image = pytest.importorskip("PIL.Image")
 
-ROOT = Path(__file__).resolve().parents[1]
-FOLDER = ROOT / "unfreeze_sched" / "distill" / "sample"
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "unfreeze_sched" / "distill" / "command" / "sample"
 SAMPLE = FOLDER / "sample.zip"
 SCRIPT = ROOT / "benchmarks" / "make_sample.py"
 COUNTS = {"train": 400, "test": 200}

@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from unfreeze_sched import _follower
+from unfreeze_sched import parallel
 from unfreeze_sched.guards import Cap, OverfitGuard, PlateauTrigger
 
 TOTAL = 4
@@ -578,7 +578,7 @@ def test_caps_leave_torch_alone() -> None:
 RANK = """
 import json, logging, sys
 import torch.distributed as dist
-from unfreeze_sched import _follower
+from unfreeze_sched import parallel
 from unfreeze_sched.guards import OverfitGuard, PlateauTrigger
 
 rank, store = int(sys.argv[1]), sys.argv[2]
@@ -599,7 +599,7 @@ def caps(worse):
 
 agreed = caps(0), caps(1)
 said = list(lines)
-_follower.agreed = lambda metric: metric
+parallel.agreed = lambda metric: metric
 print(json.dumps([agreed, said, caps(0)[:2]]))
 dist.destroy_process_group()
 """
@@ -635,9 +635,9 @@ def test_one_process_asks_nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         raise AssertionError
 
     monkeypatch.setattr(torch.distributed, "broadcast_object_list", refuse)
-    assert _follower.agreed(0.5) == 0.5
+    assert parallel.agreed(0.5) == 0.5
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        assert _follower.agreed(0.5) == 0.5
+        assert parallel.agreed(0.5) == 0.5
     finally:
         torch.distributed.destroy_process_group()

@@ -9,16 +9,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import matplotlib.figure
 import matplotlib.image
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from matplotlib import rcParams
-from matplotlib.colors import to_rgb
+from matplotlib import colormaps, rcParams
+from matplotlib.colors import LogNorm, to_rgb
 from rich.console import Console
 
-from unfreeze_sched import rate_chart
 from unfreeze_sched.history import History, Transition
 
 NAMES = ["layer4", "layer3", "layer2", "layer1"]
@@ -284,12 +284,12 @@ def charts(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The figures that are drawn while a test runs."""
     drawn: list[Any] = []
 
-    class Noted(rate_chart.Figure):
+    class Noted(matplotlib.figure.Figure):
         def __init__(self, *args: Any, **keywords: Any) -> None:
             super().__init__(*args, **keywords)
             drawn.append(self)
 
-    monkeypatch.setattr(rate_chart, "Figure", Noted)
+    monkeypatch.setattr(matplotlib.figure, "Figure", Noted)
     return drawn
 
 
@@ -330,8 +330,8 @@ def test_pixels(tmp_path: Path) -> None:
     """A PNG has the colours that its rates call for, and the grey of frozen blocks."""
     RUN.plot(str(tmp_path / "run.PNG"), 20)
     pixels = matplotlib.image.imread(tmp_path / "run.PNG")[..., :3].reshape(-1, 3)
-    norm = rate_chart.LogNorm(6.4e-5 / 2, 1e-3 * 1.2)
-    wanted = [rate_chart.mpl.colormaps["YlGnBu"](norm(1e-3 * 0.4**depth))[:3] for depth in range(4)]
+    norm = LogNorm(6.4e-5 / 2, 1e-3 * 1.2)
+    wanted = [colormaps["YlGnBu"](norm(1e-3 * 0.4**depth))[:3] for depth in range(4)]
     for colour in [*wanted, to_rgb("#e8e8e8")]:
         assert (np.abs(pixels - np.array(colour)).max(axis=1) < 1 / 128).sum() > 500
 
@@ -377,7 +377,7 @@ def test_odd_pictures(tmp_path: Path, charts: list[Any]) -> None:
     history.add(Transition(0, 2, 3, {"a" * 80 + r"$\b$": 0.0, "c": 1e-3}, "resumed"))
     history.plot(tmp_path / "zero.png")
     assert tiles(charts[0]) == [[(0, 1)], [(0, 1)], []]
-    assert charts[0].axes[0].collections[0].get_facecolor()[0].tolist() == list(rate_chart.mpl.colormaps["YlGnBu"](0.0))
+    assert charts[0].axes[0].collections[0].get_facecolor()[0].tolist() == list(colormaps["YlGnBu"](0.0))
     assert charts[0].axes[0].get_yticklabels()[0].get_text() == "..." + "a" * 33 + r"$\b$"
     assert charts[0].axes[0].get_yticklabels()[2].get_text() == "blocks[0]"
     history = History()

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from bits import differences
+from processes import environment
 from snippets import added, side, snippets
 from snippets import run as run_guide
 from torch import Tensor, nn
@@ -582,9 +583,7 @@ def test_ddp_on_two_processes(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     command = [sys.executable, str(script), str(tmp_path)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, check=False, env=environment()
-    )
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment())
     assert done.returncode == 0, done.stderr[-3000:]
     runs = {path.stem: torch.load(path, weights_only=True) for path in tmp_path.glob("*.pt")}
     for name in ("plain-1", "resumed-0", "resumed-1"):

@@ -455,7 +455,6 @@ def test_the_guide_to_renamed_weights(tmp_path: Path) -> None:
 SCRIPT = """
 import sys
 
-sys.path.insert(0, sys.argv[2])
 from processes import leave
 from test_transformers import *
 

@@ -1,6 +1,5 @@
 """On 2 and 4 real ranks: what an engine does not cover is refused, and with the ways out the ranks stay one model."""
 
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,11 +9,13 @@ from typing import Any
 import parallel_worker
 import pytest
 import torch
+from processes import environment
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from unfreeze_sched import Block, OptimizerRebuilder
-from unfreeze_sched.parallel import differing_gradients, rewrap_ddp, world_size
+from unfreeze_sched.optimizer.watch import differing_gradients
+from unfreeze_sched.parallel import process_group, rewrap_ddp
 
 WAYS = ["ddp_rewrap", "ddp_find_unused", "fsdp2", "fsdp1", "zero"]
 OTHERS = ["ddp_plain", "no_engine", "fsdp2_late", "fsdp1_flat", "local_sgd", "ddp_drift"]
@@ -23,14 +24,14 @@ CHECKPOINTED = ["checkpointed", "checkpointed_warm", "checkpointed_bare"]
 
 def launch(out: Path, world: int, scenarios: list[str]) -> dict[str, list[dict[str, Any]]]:
     """Run the scenarios on `world` processes; what each rank saved, by scenario."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    own = environment() | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     worker = Path(__file__).with_name("parallel_worker.py")
     logs = [out / f"log.{rank}" for rank in range(world)]
     processes = []
     for rank, log in enumerate(logs):
         with log.open("w") as text:
             command = [sys.executable, worker, out, str(rank), str(world), *scenarios]
-            processes.append(subprocess.Popen(command, env=environment, stdout=text, stderr=subprocess.STDOUT))
+            processes.append(subprocess.Popen(command, env=own, stdout=text, stderr=subprocess.STDOUT))
     try:
         for process, log in zip(processes, logs, strict=True):
             assert process.wait(timeout=240) == 0, log.read_text()[-4000:]
@@ -224,7 +225,7 @@ def test_what_cannot_be_wrapped_anew() -> None:
 @pytest.mark.usefixtures("group")
 def test_norms_of_gradients() -> None:
     """None, sparse, complex and overflown gradients have a norm to compare, and sharded ones are left out."""
-    assert world_size() == 1
+    assert process_group() is None  # of one rank: nothing to compare with
     named = {name: nn.Parameter(torch.ones(2)) for name in ("none", "zero", "nan", "sparse", "flat")}
     assert differing_gradients({name: named[name] for name in ("none", "zero")}) == ([], False)
     named["complex"] = nn.Parameter(torch.ones(2, dtype=torch.complex64))

@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("schedulefree")
 
 import resume_worker  # after the skip
+from processes import environment
 from resume_worker import EPOCHS, MUTATED, PARTS, RUNS  # likewise
 
 Report = dict[str, Any]
@@ -22,7 +23,7 @@ def report_of(folder: Path, which: str) -> Report:
     """Let one process train the runs, and another one resume them."""
     for mode in ("write", "verify"):
         words = [sys.executable, resume_worker.__file__, mode, which, str(folder)]
-        done = subprocess.run(words, check=False, capture_output=True, text=True)
+        done = subprocess.run(words, check=False, capture_output=True, text=True, env=environment())
         assert done.returncode == 0, done.stderr
     report: Report = json.loads((folder / "report.json").read_text())
     return report
