@@ -5,6 +5,7 @@ import sys
 from typing import NoReturn
 
 from unfreeze_sched.cli import main
+from unfreeze_sched.parallel import is_launched_alone
 
 
 def leave(code: int) -> NoReturn:
@@ -20,6 +21,6 @@ def leave(code: int) -> NoReturn:
 
 if __name__ == "__main__":
     code = main()
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    if not is_launched_alone():
         leave(code)
     sys.exit(code)

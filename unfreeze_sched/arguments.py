@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from unfreeze_sched._checks import short
 from unfreeze_sched.schedule import PRESETS, MilestonePreset, RatePreset, UnfreezeSchedule, preset_for
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def integer(minimum: int, of: int = 1, most: int | None = None) -> Callable[[str
             value = minimum - 1
         if value < minimum or value % of or (most is not None and value > most):
             more = (f" and a multiple of {of}" if of > 1 else "") + ("" if most is None else f" and at most {most}")
-            raise argparse.ArgumentTypeError(f"must be an integer of at least {minimum}{more}, got {_shown(text)}")
+            raise argparse.ArgumentTypeError(f"must be an integer of at least {minimum}{more}, got {short(text)}")
         return value
 
     return parse
@@ -49,7 +50,7 @@ def number(most: float = float("inf")) -> Callable[[str], float]:
             value = 0.0
         if not 0 < value <= most or value == float("inf"):
             bound = "" if most == float("inf") else f" and at most {most:g}"
-            raise argparse.ArgumentTypeError(f"must be a number above 0{bound}, got {_shown(text)}")
+            raise argparse.ArgumentTypeError(f"must be a number above 0{bound}, got {short(text)}")
         return value
 
     return parse
@@ -295,9 +296,3 @@ def unfreezer_from_args(
             # Full fine-tuning at one rate is what a script without the flags does; nobody asked for a lower one.
             warnings.filterwarnings("ignore", message="`learning_rate_scale` should be below 1")
         return ProgressiveUnfreezer(blocks, optimizer, schedule, lr_schedulers, **{**keywords, **given})
-
-
-def _shown(text: str) -> str:
-    """The text as it was given, cut where it is endless."""
-    most = 40
-    return repr(text if len(text) <= most else text[:most] + "...")

@@ -6,12 +6,14 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from importlib import metadata
+from typing import Any, NoReturn
 
 from pydantic import ValidationError
 
 from unfreeze_sched._checks import one_line
 from unfreeze_sched.distill.command.arguments import add_arguments as add_distill_arguments
+from unfreeze_sched.parallel import is_launched_alone
 from unfreeze_sched.plan.command import add_arguments as add_plan_arguments
 from unfreeze_sched.plan.command import run as plan
 
@@ -23,9 +25,25 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n" if _speaks() else None)
 
 
+class _Version(argparse.Action):
+    """Looks the version up where it is asked for, which takes longer than parsing."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **keywords: Any) -> None:
+        super().__init__(option_strings, dest, 0, default=argparse.SUPPRESS, **keywords)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        try:
+            number = metadata.version("unfreeze-sched")
+        except metadata.PackageNotFoundError:
+            parser.error("`--version` must be asked of an installed package, got bare source; pip install it")
+        print(f"unfreeze-sched {number}")  # noqa: T201  # a command's voice
+        parser.exit()
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line; it needs no torch."""
     parser = _Parser(prog="unfreeze-sched", description="Progressive unfreezing of pretrained networks.")
+    parser.add_argument("--version", action=_Version, help="say which version this is, and exit")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     distill = commands.add_parser(
         "distill", help="the reference training run: distil a student, unfreezing its encoder"
@@ -70,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _speaks() -> bool:
     """Whether this process says what went wrong: the only one, or the first of torchrun's ranks that failed."""
-    if os.environ.get("WORLD_SIZE", "1") == "1":
+    if is_launched_alone():
         return True
     try:
         from unfreeze_sched.distill.command.ranks import first_to_fail  # noqa: PLC0415  # needs torch

@@ -11,12 +11,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from unfreeze_sched._checks import one_line
+from unfreeze_sched._checks import one_line, short
 from unfreeze_sched.arguments import add_flags, integer, number, overrides, preset_from, spellings
-from unfreeze_sched.plan.optimizers import STATES
-from unfreeze_sched.plan.phases import Measured, Plan, make_plan
-from unfreeze_sched.plan.table import show
-from unfreeze_sched.schedule import UnfreezeSchedule
+from unfreeze_sched.plan.phases import STATES, Measured, Plan, make_plan
+from unfreeze_sched.plan.table import as_text
+from unfreeze_sched.schedule import RatePreset, UnfreezeSchedule
 
 # No network has more, and a table of more rows is read by nobody.
 _MOST_BLOCKS = 1_000
@@ -52,6 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     unfreezing = parser.add_argument_group("schedule", "the medium preset, if nothing else is said")
     source = unfreezing.add_mutually_exclusive_group()
     add_flags(source, "unfreeze_preset")
+    source.add_argument(
+        *spellings("n_images"),
+        type=integer(1),
+        metavar="N",
+        help="the preset for so many training images, as preset_for chooses it",
+    )
     source.add_argument("--schedule", metavar="FILE", help="JSON or YAML of a preset, or of a whole UnfreezeSchedule")
     further = ("unfreeze_layer_decay", "unfreeze_norms", "unfreeze_on_refreeze")
     add_flags(
@@ -89,10 +94,7 @@ def run(args: argparse.Namespace) -> None:
     )
     if plot is not None:
         _draw(plot, plan, args.plot)
-    if args.json:
-        print(plan.model_dump_json(indent=2))  # noqa: T201  # a command's voice
-    else:
-        show(plan, args.plot)
+    print(plan.model_dump_json(indent=2) if args.json else as_text(plan, args.plot))  # noqa: T201  # a command's voice
 
 
 def _measure(args: argparse.Namespace) -> Measured:
@@ -105,15 +107,13 @@ def _schedule(args: argparse.Namespace, stated: dict[str, Any], blocks: int | No
     """The schedule for so many blocks, or as far as it can be checked where their number is not known yet."""
     asked = {"total_blocks": blocks, "total_epochs": args.total_epochs}
     known = {key: value for key, value in asked.items() if value is not None}
+    flags = overrides(args) if stated else {}  # a preset of the flags has them already
     if "preset" not in stated:
         if args.total_epochs is None:
             raise ValueError(
                 "`--total-epochs` must be given, got none; pass the number of epochs of the run, such as 50"
             )
-        preset = stated or preset_from(argparse.Namespace(**{**vars(args), "progressive_unfreeze": True}))
-        stated, flags = {"preset": preset}, overrides(args) if stated else {}
-    else:
-        flags = overrides(args)
+        stated = {"preset": stated or _preset(args)}
     try:
         schedule = UnfreezeSchedule.model_validate({"total_blocks": _MOST_BLOCKS, **known, **stated})
         _refuse_others(schedule, known, args)
@@ -123,6 +123,14 @@ def _schedule(args: argparse.Namespace, stated: dict[str, Any], blocks: int | No
             raise
         text = one_line(error) if isinstance(error, ValidationError) else str(error)
         raise ValueError(f"{args.schedule}: {text}") from error
+
+
+def _preset(args: argparse.Namespace) -> RatePreset | None:
+    """The preset that the flags ask for."""
+    asked = {**vars(args), "progressive_unfreeze": True}
+    if args.n_images is not None:
+        asked["unfreeze_preset"] = "auto"
+    return preset_from(argparse.Namespace(**asked), args.n_images)
 
 
 def _refuse_others(schedule: UnfreezeSchedule, known: dict[str, int], args: argparse.Namespace) -> None:
@@ -157,7 +165,7 @@ def _read(name: str) -> dict[str, Any]:
             f"{name}: must be {kind}, got what does not parse ({reason}); write {_EXAMPLES[is_yaml]}"
         ) from error
     if not isinstance(value, dict) or not ({"kind", "preset"} & value.keys()):
-        shown = f"keys {', '.join(map(str, value))[:80]}" if isinstance(value, dict) and value else repr(value)[:80]
+        shown = f"keys {', '.join(map(str, value))[:80]}" if isinstance(value, dict) and value else short(value)
         raise ValueError(
             f"{name}: must hold a preset, with `kind`, or a schedule, with `preset`, got {shown}; "
             f"write {_EXAMPLES[is_yaml]}"
@@ -219,6 +227,6 @@ def _size(text: str) -> tuple[int, int]:
         height, width = map(side, sides * 2 if len(sides) == 1 else sides)
     except (argparse.ArgumentTypeError, ValueError):
         raise argparse.ArgumentTypeError(
-            f"must be a side in pixels or HxW, up to {_MOST_PIXELS}, got {text[:40]!r}"
+            f"must be a side in pixels or HxW, up to {_MOST_PIXELS}, got {short(text)}"
         ) from None
     return height, width

@@ -1,9 +1,13 @@
-"""A plan as data: the phases of a run, with parameters, learning rates and memory where they are known; no torch."""
+"""A plan as data: the phases of a run, with parameters, learning rates and memory where they are known; no torch.
+
+Also the bytes of state that each optimizer keeps, which are known without it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Literal
 
 from unfreeze_sched._checks import FrozenModel
@@ -234,3 +238,37 @@ def _memory(measured: Measured, trained: int, kept: int) -> Memory:
         activations=activations,
         total=measured.weights + gradients + optimizer + activations,
     )
+
+
+# --- optimizers
+
+Shape = Sequence[int]
+
+# torch counts steps in a float of its own for each parameter.
+_STEP = 4
+
+
+def _copies(number: int, *, counts: bool) -> Callable[[Shape, int], int]:
+    return lambda shape, size: number * prod(shape) * size + (_STEP if counts else 0)
+
+
+def _factored(shape: Shape, size: int) -> int:
+    """Adafactor keeps a matrix's squares as sums over rows and over columns, a vector's as they are."""
+    if len(shape) < 2:  # noqa: PLR2004  # a matrix has two dimensions
+        return prod(shape) * size + _STEP
+    *rest, rows, columns = shape
+    return prod(rest) * (rows + columns) * size + _STEP
+
+
+STATES: dict[str, Callable[[Shape, int], int]] = {
+    "adamw": _copies(2, counts=True),
+    "adam": _copies(2, counts=True),
+    "amsgrad": _copies(3, counts=True),
+    "sgd": _copies(0, counts=False),
+    "sgd-momentum": _copies(1, counts=False),
+    "rmsprop": _copies(1, counts=True),
+    "adagrad": _copies(1, counts=True),
+    "adafactor": _factored,
+    "lion": _copies(1, counts=False),
+}
+"""From an optimizer's name to the bytes of state of one parameter, by its shape and its bytes a number."""

@@ -1,73 +1,29 @@
-"""A plan as a table for the terminal: by rich where it is installed, else plain text."""
+"""A plan as a table of plain text, for the terminal."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator
 
+from unfreeze_sched._checks import columns, listed
 from unfreeze_sched.plan.phases import Phase, Plan
 from unfreeze_sched.schedule import PRESETS
 
 _BYTES = {"MiB": 2**20, "GiB": 2**30}
-_WIDE = 100  # columns of a terminal
 _NAMED = 3  # more blocks than these, joining at once at one rate, are told by the first and the last
 
 
-def show(plan: Plan, plot: str | None = None) -> None:
-    """Print a plan.
+def as_text(plan: Plan, plot: str | None = None) -> str:
+    """A plan in words: what it is, a row a phase, and notes; columns of the widths that they need, the rest at 80.
 
     Args:
         plan: The plan.
         plot: Where its picture was written, to be said too.
     """
-    try:
-        from rich.console import Console  # noqa: PLC0415  # optional
-    except ModuleNotFoundError:
-        print(plain(plan, plot))  # noqa: T201  # a command's voice
-        return
-    from rich.box import SIMPLE_HEAD  # noqa: PLC0415  # likewise
-    from rich.table import Table  # noqa: PLC0415  # likewise
-    from rich.text import Text  # noqa: PLC0415  # likewise
-
-    console = Console(highlight=False)
     header, rows = cells(plan)
-    gap = 1 if console.width >= _WIDE else 0  # beside the box's own
-    table = Table(box=SIMPLE_HEAD, padding=(0, gap, 0, 0), show_edge=False)
-    for name in header:
-        joins = name == "joins"
-        table.add_column(name, justify="left" if name in _LEFT else "right", no_wrap=not joins, overflow="fold")
-    for row in rows:
-        table.add_row(*map(Text, row))
-    console.print(title(plan), style="bold", markup=False)
-    console.print()
-    console.print(table)
-    console.print()
-    for note in notes(plan, plot):
-        console.print(note, markup=False)
-
-
-_LEFT = ("epochs", "joins")
-
-
-def plain(plan: Plan, plot: str | None = None) -> str:
-    """The same without rich: columns of the widths that their cells need, notes at 80."""
-    header, rows = cells(plan)
-    lines = [header, ["-" * len(name) for name in header]]
-    for row in rows:
-        parts = [cell.split("\n") for cell in row]
-        height = max(map(len, parts))
-        lines += map(list, zip(*(part + [""] * (height - len(part)) for part in parts), strict=True))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines[1] = ["-" * width for width in widths]
-    table = [
-        " ".join(
-            cell.ljust(width) if name in _LEFT else cell.rjust(width)
-            for name, cell, width in zip(header, line, widths, strict=True)
-        ).rstrip()
-        for line in lines
-    ]
+    table = columns(header, rows, right=set(header) - {"epochs", "joins"}, gap=1)
     wrapped = [textwrap.fill(note, 80) for note in notes(plan, plot)]
-    return "\n".join([textwrap.fill(title(plan), 80), "", *table, "", *wrapped])
+    return "\n".join([textwrap.fill(title(plan), 80), "", table, "", *wrapped])
 
 
 def title(plan: Plan) -> str:
@@ -144,8 +100,7 @@ def notes(plan: Plan, plot: str | None = None) -> Iterator[str]:
             "of weights and buffers; what a step allocates for a moment is not in it."
         )
         if encoder.unused:
-            more = f" and {len(encoder.unused) - 1} more" if len(encoder.unused) > 1 else ""
-            yield f"in no phase, since no gradient reaches it: {encoder.unused[0]}{more}."
+            yield f"in no phase, since no gradient reaches it: {listed(encoder.unused)}."
     never = [block.name for block in plan.blocks if block.first_epoch is None][::-1]
     if never:
         names = ", ".join(never) if len(never) <= 2 * _NAMED else f"{never[0]} to {never[-1]}"

@@ -14,6 +14,8 @@ import torch
 from torch import distributed
 from torch.distributed.rendezvous import rendezvous
 
+from unfreeze_sched.parallel import is_launched_alone
+
 # What torchrun tells each of its processes.
 _NEEDED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _PATIENCE = timedelta(seconds=60)  # to reach the store; torchrun's is there before its processes are
@@ -87,7 +89,7 @@ def joined() -> Iterator[Ranks]:
     Raises:
         ValueError: `WORLD_SIZE` says that there are several, and nothing says how to reach them.
     """
-    if os.environ.get("WORLD_SIZE", "1") == "1":
+    if is_launched_alone():
         yield Ranks()
         return
     if missing := [name for name in _NEEDED if not os.environ.get(name, "").strip()]:

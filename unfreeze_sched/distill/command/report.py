@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -29,46 +28,6 @@ _SHOWN_IMAGES = 6
 _MOST_FIGURES = 12  # more transitions than these leave no room for figures
 
 
-@dataclass(frozen=True)
-class Phase:
-    """Consecutive epochs with one number of unfrozen blocks.
-
-    Attributes:
-        records: Theirs.
-        before: The last epoch of the phase before, or None for the first.
-    """
-
-    records: tuple[EpochRecord, ...]
-    before: EpochRecord | None
-
-    def cells(self) -> list[str]:
-        """The phase as a row of the table."""
-        first, last, before = self.records[0], self.records[-1], self.before
-        losses = [record.train_loss for record in self.records]
-        encoder = [rate for name, rate in first.learning_rates.items() if name != "head"][: first.blocks]
-        peak = max((record.peak_bytes or 0 for record in self.records), default=0)
-        return [
-            str(first.epoch) if first is last else f"{first.epoch}-{last.epoch}",
-            f"{first.blocks}",
-            f"{first.learning_rates['head']:.1e}",
-            f"{max(encoder):.1e}" if encoder else "-",
-            f"{sum(losses) / len(losses):.3f}",
-            "" if before is None else f"{before.validation_loss:.3f}>{first.validation_loss:.3f}",
-            f"{100 * last.validation_miou:.1f}",
-            "" if before is None else f"{100 * (last.validation_miou - before.validation_miou):+.1f}",
-            f"{sum(record.seconds for record in self.records) / len(self.records):.1f}",
-            f"{last.saved_bytes / 2**20:.0f}" + (f"/{peak / 2**20:.0f}" if peak else ""),
-        ]
-
-
-def phases(records: Sequence[EpochRecord]) -> list[Phase]:
-    """The phases of an arm, in order."""
-    found: list[Phase] = []
-    for _, group in groupby(records, key=lambda record: record.blocks):
-        found.append(Phase(tuple(group), found[-1].records[-1] if found else None))
-    return found
-
-
 def phase_table(records: Sequence[EpochRecord], title: str) -> Table:
     """One row a phase.
 
@@ -85,9 +44,32 @@ def phase_table(records: Sequence[EpochRecord], title: str) -> Table:
     table = Table(title=title, box=SIMPLE_HEAD, padding=0, show_edge=False, title_justify="left")
     for column in _COLUMNS:
         table.add_column(column, justify="right", no_wrap=True)
-    for phase in phases(records):
-        table.add_row(*phase.cells())
+    before = None
+    for _, group in groupby(records, key=lambda record: record.blocks):
+        epochs = tuple(group)
+        table.add_row(*_cells(epochs, before))
+        before = epochs[-1]
     return table
+
+
+def _cells(epochs: Sequence[EpochRecord], before: EpochRecord | None) -> list[str]:
+    """A row: epochs with one number of unfrozen blocks, beside the last epoch before them."""
+    first, last = epochs[0], epochs[-1]
+    losses = [record.train_loss for record in epochs]
+    encoder = [rate for name, rate in first.learning_rates.items() if name != "head"][: first.blocks]
+    peak = max((record.peak_bytes or 0 for record in epochs), default=0)
+    return [
+        str(first.epoch) if first is last else f"{first.epoch}-{last.epoch}",
+        f"{first.blocks}",
+        f"{first.learning_rates['head']:.1e}",
+        f"{max(encoder):.1e}" if encoder else "-",
+        f"{sum(losses) / len(losses):.3f}",
+        "" if before is None else f"{before.validation_loss:.3f}>{first.validation_loss:.3f}",
+        f"{100 * last.validation_miou:.1f}",
+        "" if before is None else f"{100 * (last.validation_miou - before.validation_miou):+.1f}",
+        f"{sum(record.seconds for record in epochs) / len(epochs):.1f}",
+        f"{last.saved_bytes / 2**20:.0f}" + (f"/{peak / 2**20:.0f}" if peak else ""),
+    ]
 
 
 def draw_report(

@@ -73,7 +73,7 @@ def _run(args: argparse.Namespace, ranks: Ranks) -> None:
     )
     # All that can be refused is, before a teacher has been trained for nothing.
     wrapper, student = _student(args, classes, settings, n_images)
-    for line in _plan(student.blocks, student.schedule):
+    for line in _forecast(student.blocks, student.schedule):
         console.print(line)
     if student.guard is not None and ranks.leads:
         _warn_of_patience(student.guard.patience, student.schedule)
@@ -220,7 +220,7 @@ def _constant(number: int, total: int) -> UnfreezeSchedule:
     return UnfreezeSchedule(preset=MilestonePreset(milestones={0: number}), total_blocks=total, total_epochs=1)
 
 
-def _plan(blocks: tuple[Block, ...], schedule: UnfreezeSchedule) -> list[str]:
+def _forecast(blocks: tuple[Block, ...], schedule: UnfreezeSchedule) -> list[str]:
     """What will join when, and what never will."""
     names = [block.name for block in blocks][::-1]
     lines = [f"epoch {epoch}: {number} of {len(names)} blocks train" for epoch, number in schedule.transitions()]
