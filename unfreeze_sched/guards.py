@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, Protocol, Self, get_args, runtime_che
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, model_validator
 
 from unfreeze_sched import parallel
-from unfreeze_sched._checks import as_count, as_float, as_state, one_of
+from unfreeze_sched._checks import as_count, as_float, as_state
 
 Mode = Literal["min", "max"]
 
@@ -83,7 +83,9 @@ class _Follower:
 
     def __init__(self, patience: int, mode: Mode, min_delta: float) -> None:
         self.patience = as_count(patience, "patience", minimum=1, fix="it is a number of checks, such as 3")
-        self.mode: Mode = one_of(mode, "mode", get_args(Mode))
+        if mode not in get_args(Mode):
+            raise ValueError(f"`mode` must be 'min' or 'max', got {mode!r}; 'min' suits a loss, 'max' an accuracy")
+        self.mode = mode
         self.min_delta = as_float(min_delta, "min_delta", fix="0.0 counts any difference")
         if not 0 <= self.min_delta < math.inf:
             raise ValueError(f"`min_delta` must be finite and at least 0, got {min_delta!r}; 0.0 counts any difference")

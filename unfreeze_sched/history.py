@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import os
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,7 +13,7 @@ from math import ceil, log
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Self, overload
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
 from unfreeze_sched._checks import as_count, columns, short
@@ -23,6 +24,17 @@ if TYPE_CHECKING:
 
 _SUFFIXES = (".png", ".svg", ".pdf")
 _LISTED = 3  # more blocks than these, joining at once, are told by the first and the last
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's integers as Python's; the rest is pydantic's to judge."""
+    try:
+        return value if isinstance(value, bool) else operator.index(value)
+    except (TypeError, RuntimeError):  # a tensor of several elements, or of none that can be looked at
+        return value
+
+
+_Integer = Annotated[int, BeforeValidator(_plain), Field(strict=True)]
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -45,9 +57,9 @@ class Transition:
         Transition(epoch=10, number=1, total=7, learning_rates={'layer4': 0.0001}, reason='schedule')
     """
 
-    epoch: Annotated[int, Field(ge=0, strict=True)]
-    number: Annotated[int, Field(ge=0, strict=True)]
-    total: Annotated[int, Field(ge=1, strict=True)]
+    epoch: Annotated[_Integer, Field(ge=0)]
+    number: Annotated[_Integer, Field(ge=0)]
+    total: Annotated[_Integer, Field(ge=1)]
     learning_rates: dict[str, Annotated[float, Field(allow_inf_nan=False, strict=True)]] = field(hash=False)
     reason: Annotated[str, Field(strict=True)]
 
@@ -120,17 +132,21 @@ class History(Sequence[Transition]):
         """
         if not isinstance(transition, Transition):
             raise TypeError(f"`transition` must be a Transition, got {short(transition)}; make one")
+        self._append(transition, "transition")
+
+    def _append(self, transition: Transition, given: str) -> None:
+        """Note a transition of the same blocks; `given` is what a refusal calls it."""
         total = self._transitions[0].total if self._transitions else transition.total
         if transition.total != total:
             raise ValueError(
-                f"`transition` must be of {total} blocks throughout, got {transition.total} at epoch "
+                f"`{given}` must be of {total} blocks throughout, got {transition.total} at epoch "
                 f"{transition.epoch}; a history is of one model"
             )
         names = [*transition.learning_rates]
         for known, name in zip(self._names, names, strict=False):
             if known != name:
                 raise ValueError(
-                    f"`transition` must have the same names throughout, deepest first, got {name!r} in the place of "
+                    f"`{given}` must have the same names throughout, deepest first, got {name!r} in the place of "
                     f"{known!r} at epoch {transition.epoch}; a history is of one model"
                 )
         self._names += names[len(self._names) :]
@@ -159,7 +175,7 @@ class History(Sequence[Transition]):
         loaded = History()
         try:
             for transition in _SAVED.validate_python(saved):
-                loaded.add(transition)
+                loaded._append(transition, "saved")
         except ValidationError as error:
             first = error.errors()[0]
             where = "".join(f"[{part!r}]" for part in first["loc"])

@@ -477,6 +477,12 @@ def test_numbers_refused(make: Callable[[], Any], words: Any, error: type[Except
 
 
 GUARD_KEYS = "mode, number, total, last, best, count, cap, reason, kept"
+
+
+def quoted(keys: str) -> str:
+    return ", ".join(map(repr, keys.split(", ")))
+
+
 TAMPERED = [
     ({"count": -1}, r"one that OverfitGuard gave, got count=-1; pass a saved"),
     ({"count": True}, r"one that OverfitGuard gave, got count=True; pass"),
@@ -495,7 +501,10 @@ TAMPERED = [
         {"kept": 0.1},
         r"with weights where it has a check|weights where it has a check that they belong to, got kept=0.1 with no weights; pass",
     ),
-    ({"colour": 1}, rf"the keys {GUARD_KEYS}, got {GUARD_KEYS}, colour; pass a saved .* to a OverfitGuard"),
+    (
+        {"colour": 1},
+        rf"the keys {GUARD_KEYS}, got {quoted(GUARD_KEYS)}, 'colour'; pass a saved .* to a OverfitGuard",
+    ),
     ({"weights": {}}, r"without weights, got those of a guard with a model; pass model= to this one too"),
 ]
 
@@ -514,7 +523,7 @@ def test_states_refused(change: dict[str, Any], message: str) -> None:
 def test_states_of_another_kind_refused() -> None:
     """A trigger's state is no guard's, an empty one is nobody's, and a list is no mapping."""
     with pytest.raises(
-        ValueError, match=rf"the keys {GUARD_KEYS}, got mode, number, total, last, best, count, cap; pass"
+        ValueError, match=rf"the keys {GUARD_KEYS}, got {quoted('mode, number, total, last, best, count, cap')}; pass"
     ):
         OverfitGuard().load_state_dict(PlateauTrigger().state_dict())
     with pytest.raises(
