@@ -1,7 +1,7 @@
 """Every refusal of the optimizer side, in words: of engines, optimizers, parameters, schedulers and moments.
 
-Nothing has changed yet when one of these is called, so that a refusal leaves all as it was. Most look for themselves and
-do nothing where all is well; those that return never are called by who has looked.
+Nothing has changed yet when one of these is called, so that a refusal leaves all as it was. Most look for themselves,
+and do nothing where all is well; those that never return are called by who has looked.
 """
 
 from __future__ import annotations
@@ -280,8 +280,9 @@ def refuse_schedulers(optimizer: Optimizer, schedulers: Sequence[Any] | None) ->
         for leaf in rates.leaves(scheduler):
             if rates.row_of(leaf) is rates.UNKNOWN:
                 raise TypeError(
-                    f"`lr_schedulers` must be of known classes, got {class_path(leaf)}; pass membership='declared' and "
-                    "make the rebuilder before the scheduler, which then is not passed"
+                    f"`lr_schedulers` must be of known classes, got {class_path(leaf)}; say what it keeps for each "
+                    "group, by unfreeze_sched.optimizer.rates.register, or pass membership='declared' and make the "
+                    "rebuilder before the scheduler, which then is not passed"
                 )
 
 

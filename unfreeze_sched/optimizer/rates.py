@@ -17,6 +17,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -48,11 +49,12 @@ class _Row:
 
 _TIMM = _Row(scaled_lists=("base_values", "warmup_steps", "restore_lr"), floors=("lr_min", "warmup_lr_init"))
 
+_COMPOSITES = frozenset({SequentialLR, ChainedScheduler})
+
 UNKNOWN = _Row(scaled_keys=(), restarts=False)
 """Of sequences and chains, too: what they keep beside reports, the schedulers within keep."""
 
-# By exact class, since a subclass may compute something else and a guess would be silently wrong; and by name, since
-# timm is not imported for it.
+# By name, since timm is not imported for it.
 _ROWS = {
     "torch.optim.lr_scheduler.LambdaLR": _Row(copied_lists=("lr_lambdas",)),
     "torch.optim.lr_scheduler.MultiplicativeLR": _Row(copied_lists=("lr_lambdas",), restarts=False),
@@ -87,12 +89,83 @@ def unwrapped(scheduler: Any) -> Any:
 
 def leaves(scheduler: Any) -> Iterator[Any]:
     """The schedulers that compute rates: the scheduler, or all those within a sequence or a chain."""
-    return (part for part in _with_inner(scheduler) if type(part) not in {SequentialLR, ChainedScheduler})
+    return (part for part in _with_inner(scheduler) if _kind(part.__class__) not in _COMPOSITES)
+
+
+def register(
+    cls: type,
+    *,
+    scaled_lists: Sequence[str] = (),
+    copied_lists: Sequence[str] = (),
+    scaled_keys: Sequence[str] = ("initial_lr",),
+    floors: Sequence[str] = (),
+    restarts: bool = True,
+) -> None:
+    """Say what a class of LR schedulers of your own keeps for each group, so that groups can join under it.
+
+    What is named here has to be homogeneous: with all rates of a group's row multiplied by a number, the class has to
+    compute rates that are multiplied by it.
+
+    Args:
+        cls: The class; `base_lrs` and `_last_lr` are known of each.
+        scaled_lists: Attributes that are lists with a learning rate for each group.
+        copied_lists: Attributes that are lists with something else for each group.
+        scaled_keys: Keys of a group that hold learning rates.
+        floors: Attributes that hold an absolute learning rate, below which no group's falls; 0 is none.
+        restarts: Whether its rates follow from the row alone when it takes over in a SequentialLR.
+
+    Raises:
+        TypeError: `cls` is no class.
+
+    Example:
+        >>> import torch
+        >>> class Halving(torch.optim.lr_scheduler.LRScheduler):
+        ...     def get_lr(self):
+        ...         return [base * 0.5**self.last_epoch for base in self.base_lrs]
+        >>> register(Halving)
+    """
+    if not isinstance(cls, type):
+        raise TypeError(f"`cls` must be a class, got {type(cls).__name__}; pass the scheduler's class itself")
+    _ROWS[_path(cls)] = _Row(
+        tuple(scaled_lists), tuple(copied_lists), tuple(scaled_keys), tuple(floors), restarts=restarts
+    )
+    _kind.cache_clear()
+    _row_of.cache_clear()
 
 
 def row_of(scheduler: Any) -> _Row:
     """What a scheduler keeps for each group; `UNKNOWN` where that is not known, and for sequences and chains."""
-    return _ROWS.get(f"{type(scheduler).__module__}.{type(scheduler).__qualname__}", UNKNOWN)
+    return _row_of(scheduler.__class__)
+
+
+@cache
+def _row_of(cls: Any) -> _Row:
+    return _ROWS.get(_path(_kind(cls)), UNKNOWN)
+
+
+@cache
+def _kind(cls: Any) -> Any:
+    """The known class that a class is: itself, or a parent whose methods it leaves alone, saving aside.
+
+    Example:
+        >>> import torch
+        >>> class Own(torch.optim.lr_scheduler.LambdaLR):
+        ...     def __init__(self, optimizer):
+        ...         super().__init__(optimizer, lambda epoch: 0.9**epoch)
+        >>> _kind(Own).__name__
+        'LambdaLR'
+    """
+    for base in cls.__mro__:
+        if _path(base) in _ROWS or base in _COMPOSITES:
+            return base
+        inherited = {name for parent in base.__mro__[1:-1] for name in vars(parent)}
+        if {name for name in vars(base) if not name.startswith("__")} & inherited - {"state_dict", "load_state_dict"}:
+            break  # it may compute something else, and a guess would be silently wrong
+    return cls
+
+
+def _path(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 # --- the rate of a joining group
@@ -126,7 +199,8 @@ def joining_rate(schedulers: Sequence[Any], template: dict[str, Any], index: int
         # timm's warm-up starts every group from one and the same rate.
         return _copied if any(_warms_up_from(leaf) for leaf in all_leaves) else _times(ratio)
     for leaf in all_leaves:
-        if type(leaf) is ReduceLROnPlateau and not _reduces_alike(leaf, index, float(template["lr"]) * ratio):
+        is_plateau = _kind(leaf.__class__) is ReduceLROnPlateau
+        if is_plateau and not _reduces_alike(leaf, index, float(template["lr"]) * ratio):
             return Floored(leaf, leaf.min_lrs[index])
     floored = next((leaf for scheduler in schedulers for leaf in _had_a_say(scheduler) if _floor(leaf)), None)
     if floored is None:
@@ -166,7 +240,7 @@ def _along(scheduler: Any, index: int, ratio: float) -> RateMap | None:
 
 def _past_floor(scheduler: Any, index: int, ratio: float) -> RateMap | None:
     """The map in a sequence whose present part goes on from the rate that the part before it, with a floor, left."""
-    if type(scheduler) is not SequentialLR:
+    if _kind(scheduler.__class__) is not SequentialLR:
         return None
     place = _place(scheduler)
     before, present = scheduler._schedulers[place - 1 : place + 1]  # noqa: SLF001  # torch has no public name for them
@@ -176,20 +250,20 @@ def _past_floor(scheduler: Any, index: int, ratio: float) -> RateMap | None:
     left: Any = before.get_last_lr()[index]
     left_to_us: Any = along(left)
     swa: Any = scheduler.optimizer.param_groups[index].get("swa_lr")
-    if type(present) is SWALR and swa != left:
+    if _kind(present.__class__) is SWALR and swa != left:
         # It mixes the rate that it found with its own, by a share that can be read off.
         return lambda rate: (swa * ratio - left_to_us) * ((rate - left) / (swa - left)) + left_to_us
-    if type(present) is MultiplicativeLR and left != 0:
+    if _kind(present.__class__) is MultiplicativeLR and left != 0:
         return _times(left_to_us / left)
     return None
 
 
 def _followed(scheduler: Any) -> Any | None:
     """The scheduler whose own formula the rate follows now, None where it is a product of several."""
-    if type(scheduler) is SequentialLR:
+    if _kind(scheduler.__class__) is SequentialLR:
         place, restarts = _present(scheduler)
         return _followed(scheduler._schedulers[place]) if place == 0 or restarts else None  # noqa: SLF001  # likewise
-    if type(scheduler) is ChainedScheduler:
+    if _kind(scheduler.__class__) is ChainedScheduler:
         inner = scheduler._schedulers  # noqa: SLF001  # likewise
         return _followed(inner[0]) if len(inner) == 1 else None
     return scheduler
@@ -197,12 +271,12 @@ def _followed(scheduler: Any) -> Any | None:
 
 def _had_a_say(scheduler: Any) -> Iterator[Any]:
     """The leaves that may have had a say in the present rate: in a sequence, those up to the present one."""
-    if type(scheduler) is SequentialLR:
+    if _kind(scheduler.__class__) is SequentialLR:
         place, restarts = _present(scheduler)
         first = place if restarts else 0
         for part in scheduler._schedulers[first : place + 1]:  # noqa: SLF001  # likewise
             yield from _had_a_say(part)
-    elif type(scheduler) is ChainedScheduler:
+    elif _kind(scheduler.__class__) is ChainedScheduler:
         for part in scheduler._schedulers:  # noqa: SLF001  # likewise
             yield from _had_a_say(part)
     else:
@@ -214,7 +288,7 @@ def _stands_at_first(leaf: Any, template: dict[str, Any], index: int, ratio: flo
     if row_of(leaf) is _TIMM:
         # timm's keep no count. At its base value any of them stands as at first, but WSD clamps low rates later on.
         base = leaf.base_values[index]
-        clamps = type(leaf).__name__ == "WSDLRScheduler" and base * ratio < leaf.lr_min
+        clamps = _kind(leaf.__class__).__name__ == "WSDLRScheduler" and base * ratio < leaf.lr_min
         first = leaf.warmup_lr_init if leaf.warmup_t else base
         return float(template["lr"]) == float(first * template.get("lr_scale", 1.0)) and not clamps
     return bool(leaf.last_epoch <= 0)  # in a sequence those to come stand at -1
@@ -291,10 +365,10 @@ def scaled_keys(schedulers: Sequence[Any]) -> tuple[str, ...]:
 def _with_inner(scheduler: Any) -> Iterator[Any]:
     """A scheduler and all within it; timm's plateau holds torch's."""
     yield scheduler
-    if type(scheduler) in {SequentialLR, ChainedScheduler}:
+    if _kind(scheduler.__class__) in _COMPOSITES:
         for part in scheduler._schedulers:  # noqa: SLF001  # torch has no public name for them
             yield from _with_inner(part)
-    elif type(scheduler).__name__ == "PlateauLRScheduler":
+    elif _kind(scheduler.__class__).__name__ == "PlateauLRScheduler":
         yield scheduler.lr_scheduler
 
 
@@ -323,7 +397,7 @@ def _warms_up_from(leaf: Any) -> float:
 def _warmup_step(scheduler: Any) -> float:
     """A timm scheduler's warm-up step of its last group, as its constructor would have computed it."""
     target = scheduler.base_values[-1]
-    if type(scheduler).__name__ == "TanhLRScheduler" and not scheduler.warmup_prefix:
+    if _kind(scheduler.__class__).__name__ == "TanhLRScheduler" and not scheduler.warmup_prefix:
         target = scheduler._get_lr(scheduler.warmup_t)[-1]  # noqa: SLF001  # its own formula
     step: float = (target - scheduler.warmup_lr_init) / scheduler.warmup_t
     return step
