@@ -19,7 +19,7 @@ from unfreeze_sched.model.block import validate_blocks
 from unfreeze_sched.model.freezing import Norms, hold_in_eval, norms_of, release, set_requires_grad
 from unfreeze_sched.optimizer import GroupChange, OptimizerRebuilder, admission
 from unfreeze_sched.optimizer.groups import take_out, why_no_rate
-from unfreeze_sched.optimizer.rebuilder import UNCHANGED, Membership, OnRefreeze
+from unfreeze_sched.optimizer.rebuilder import UNCHANGED, Membership, OnRefreeze, Scale
 from unfreeze_sched.optimizer.subsets import Overrides
 from unfreeze_sched.optimizer.watch import Probe
 from unfreeze_sched.schedule import MEDIUM, Preset, UnfreezeSchedule
@@ -38,7 +38,7 @@ class ProgressiveUnfreezer:
         optimizer: The live optimizer; it holds the head's parameters, and none of the blocks'.
         schedule: Its `total_blocks` is the number of blocks.
         lr_schedulers: All the LR schedulers of the optimizer; None says that there is none.
-        learning_rate_scale: In (0, 1]; None takes the preset's.
+        learning_rate_scale: In (0, 1], or one for each block, by its name; None takes the preset's.
         layer_decay: As for `OptimizerRebuilder`, like the rest.
         template: 0-based index of the group that joining groups clone.
         on_refreeze: `"keep"` or `"drop"`.
@@ -82,7 +82,7 @@ class ProgressiveUnfreezer:
         optimizer: Optimizer,
         schedule: UnfreezeSchedule,
         lr_schedulers: Sequence[Any] | None = (),
-        learning_rate_scale: float | None = None,
+        learning_rate_scale: Scale | None = None,
         layer_decay: float = 1.0,
         template: int = 0,
         on_refreeze: OnRefreeze = "keep",
@@ -120,7 +120,7 @@ class ProgressiveUnfreezer:
             probe=probe,
         )
         self.blocks = self.rebuilder.blocks
-        if scale == 1 and why_no_rate(optimizer, optimizer.param_groups[template]) is None:
+        if 1 in self.rebuilder.scales and why_no_rate(optimizer, optimizer.param_groups[template]) is None:
             warn(
                 "`learning_rate_scale` should be below 1, got 1: at the head's learning rate the encoder's pretrained "
                 "features are overwritten before the head can use them; pass 0.1"
@@ -140,7 +140,7 @@ class ProgressiveUnfreezer:
         preset: Preset = MEDIUM,
         head: Iterable[nn.Module | nn.Parameter] | Optimizer | None = None,
         blocks: Iterable[Block] | None = None,
-        learning_rate_scale: float | None = None,
+        learning_rate_scale: Scale | None = None,
         layer_decay: float = 1.0,
         template: int = 0,
         on_refreeze: OnRefreeze = "keep",

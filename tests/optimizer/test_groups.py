@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from oracle import Net, Run, differences, train_in_lockstep, twins
 from torch import nn
 from torch.optim import lr_scheduler
+from torch.torch_version import TorchVersion
 
 from unfreeze_sched import MilestonePreset, OptimizerRebuilder, ProgressiveUnfreezer, RatePreset, UnfreezeSchedule
 from unfreeze_sched.optimizer.groups import BLOCK_KEY, SUBSET_KEY
@@ -326,6 +327,29 @@ def test_dropping_frees_the_state_within_a_wrapper() -> None:
     assert int(inner.state[parameter]["step"]) == 1  # type: ignore[index]
 
 
+@pytest.mark.parametrize("version", [None, "2.6.0"])
+def test_adagrads_sums_are_there_for_the_first_step(version: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before torch 2.12 the constructor alone makes them: a block that joins, again too, gets them as it would there."""
+    if version:
+        monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+    net = Net(1)
+    keywords: dict[str, Any] = {"lr": 0.1, "initial_accumulator_value": 0.5}
+    optimizer = torch.optim.Adagrad(net.head.parameters(), **keywords)
+    schedule = RATE.replace(preset=MilestonePreset(milestones={0: 1, 1: 0, 2: 1}), total_blocks=1)
+    unfreezer = ProgressiveUnfreezer(net.make_blocks(), optimizer, schedule, on_refreeze="drop")
+    parameter = net.blocks[0][0].weight
+    for epoch in range(3):
+        unfreezer.apply(epoch)
+        if version and epoch != 1:
+            own, fresh = (made.state[parameter] for made in (optimizer, torch.optim.Adagrad([parameter], **keywords)))
+            assert own.keys() == fresh.keys()
+            assert all(torch.equal(own[key], fresh[key]) for key in own)
+        net(torch.ones(2, 4).double()).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert int(optimizer.state[parameter]["step"]) == 1
+
+
 def test_block_names_are_one_rebuilders() -> None:
     """Another encoder's blocks of the same names on the same optimizer are refused rather than mixed up."""
     net, other = Net(1), Net(1)
@@ -352,3 +376,60 @@ def test_a_single_block_is_no_sequence() -> None:
         TypeError, match=r"`blocks` must be a sequence of blocks, got Block; put a single one in a list"
     ):
         OptimizerRebuilder(torch.optim.SGD(net.head.parameters()), net.make_blocks()[0])  # type: ignore[arg-type]
+
+
+# A rate of its own for each block.
+
+
+def test_a_scale_for_each_block() -> None:
+    """Each block's group has its own share of the template's rate, layer decay on top, at every step of a scheduler."""
+    net = Net(3)
+    optimizer = torch.optim.SGD(net.head.parameters(), lr=1.0)
+    scheduler = lr_scheduler.ExponentialLR(optimizer, 0.5)
+    scale = {"block2": 0.5, "block0": 0.125, "block1": 0.25}
+    unfreezer = ProgressiveUnfreezer(net.make_blocks(), optimizer, RATE, [scheduler], scale, layer_decay=0.5)
+    for epoch in range(RATE.total_epochs):
+        unfreezer.apply(epoch)
+        optimizer.step()
+        scheduler.step()
+    now = 0.5**RATE.total_epochs
+    assert unfreezer.rebuilder.learning_rates() == {"block2": 0.5 * now, "block1": 0.125 * now, "block0": 0.03125 * now}
+
+
+@pytest.mark.parametrize(
+    ("scale", "error", "text"),
+    [
+        (
+            {"block0": 0.1},
+            ValueError,
+            "one number for each block, got none for 'block1'; the blocks are block0, block1",
+        ),
+        (
+            {"block0": 0.1, "block1": 0.1, "layer4": 0.1},
+            ValueError,
+            "one number for each block, got an unknown block 'layer4'; the blocks are block0, block1",
+        ),
+        (
+            {"block0": 0.1, "block1": 2},
+            ValueError,
+            r"`learning_rate_scale\['block1'\]` must be a number in \(0, 1\], got 2",
+        ),
+        ({"block0": 0.1, "block1": "a"}, TypeError, r"`learning_rate_scale\['block1'\]` must be a number in \(0, 1\]"),
+    ],
+)
+def test_scales_refused(scale: Any, error: type[Exception], text: str) -> None:
+    """A block without a scale, a scale without a block and a scale out of range are named."""
+    net = Net(2)
+    optimizer = torch.optim.SGD(net.head.parameters(), lr=1.0)
+    with pytest.raises(error, match=text):
+        OptimizerRebuilder(optimizer, net.make_blocks(), learning_rate_scale=scale)
+    assert not optimizer._optimizer_step_post_hooks
+
+
+def test_a_scale_of_one_for_one_block_warns() -> None:
+    """One block at the head's rate is as suspicious as all."""
+    net = Net(2)
+    optimizer = torch.optim.SGD(net.head.parameters(), lr=1.0)
+    schedule = RATE.replace(total_blocks=2)
+    with pytest.warns(UserWarning, match="`learning_rate_scale` should be below 1, got 1"):
+        ProgressiveUnfreezer(net.make_blocks(), optimizer, schedule, None, {"block0": 0.1, "block1": 1})

@@ -13,7 +13,7 @@ from unfreeze_sched.guards import Cap
 from unfreeze_sched.integrations._callback import Arguments, Blocks, Head, Schedule
 from unfreeze_sched.model.freezing import Norms, norms_of
 from unfreeze_sched.optimizer.groups import layers
-from unfreeze_sched.optimizer.rebuilder import Membership, OnRefreeze
+from unfreeze_sched.optimizer.rebuilder import Membership, OnRefreeze, Scale
 from unfreeze_sched.optimizer.subsets import Overrides
 from unfreeze_sched.optimizer.watch import Probe
 from unfreeze_sched.parallel import rewrap_ddp
@@ -80,7 +80,7 @@ class UnfreezeCallback(Callback):
         optimizer: int = 0,
         monitor: str | None = None,
         head: Head | None = None,
-        learning_rate_scale: float | None = None,
+        learning_rate_scale: Scale | None = None,
         layer_decay: float = 1.0,
         template: int = 0,
         on_refreeze: OnRefreeze = "keep",

@@ -16,7 +16,7 @@ from unfreeze_sched._checks import one_of
 from unfreeze_sched.guards import Cap
 from unfreeze_sched.integrations._callback import Arguments, Blocks, Head, Schedule
 from unfreeze_sched.model.freezing import Norms
-from unfreeze_sched.optimizer.rebuilder import Membership, OnRefreeze
+from unfreeze_sched.optimizer.rebuilder import Membership, OnRefreeze, Scale
 from unfreeze_sched.optimizer.subsets import Overrides
 from unfreeze_sched.optimizer.watch import Probe
 from unfreeze_sched.unfreezer import ProgressiveUnfreezer
@@ -79,7 +79,7 @@ class UnfreezeTrainerCallback(TrainerCallback):  # type: ignore[misc]  # transfo
         unit: Unit = "epochs",
         monitor: str | None = None,
         head: Head | None = None,
-        learning_rate_scale: float | None = None,
+        learning_rate_scale: Scale | None = None,
         layer_decay: float = 1.0,
         template: int = 0,
         on_refreeze: OnRefreeze = "keep",

@@ -19,7 +19,7 @@ All that can be refused is refused before anything is changed.
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
@@ -27,7 +27,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from torch.optim import Optimizer
 
-from unfreeze_sched._checks import as_count, as_ratio, one_of
+from unfreeze_sched._checks import as_count, as_ratio, listed, one_of
 from unfreeze_sched.model.block import Block, validate_blocks
 from unfreeze_sched.optimizer import admission, groups, rates
 from unfreeze_sched.optimizer.groups import BLOCK_KEY, SUBSET_KEY
@@ -37,6 +37,7 @@ from unfreeze_sched.optimizer.watch import Accumulation, FirstStep, Owners, Prob
 
 OnRefreeze = Literal["keep", "drop"]
 Membership = Literal["late", "declared"]
+Scale = float | Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class OptimizerRebuilder:
         optimizer: The live optimizer; it holds the head's parameters, and none of the blocks'.
         blocks: The encoder's blocks, shallow to deep.
         lr_schedulers: All the LR schedulers of the optimizer; None says that there is none.
-        learning_rate_scale: In (0, 1].
+        learning_rate_scale: In (0, 1], or one for each block, by its name.
         layer_decay: In (0, 1]; 1 gives all blocks the same rate.
         template: 0-based index of the group that joining groups clone.
         on_refreeze: What becomes of a parameter that is frozen again: `"keep"` leaves it in the optimizer with its
@@ -118,7 +119,7 @@ class OptimizerRebuilder:
         optimizer: Optimizer,
         blocks: Iterable[Block],
         lr_schedulers: Sequence[Any] | None = (),
-        learning_rate_scale: float = 0.1,
+        learning_rate_scale: Scale = 0.1,
         layer_decay: float = 1.0,
         template: int = 0,
         on_refreeze: OnRefreeze = "keep",
@@ -140,9 +141,10 @@ class OptimizerRebuilder:
         self.on_refreeze: OnRefreeze = one_of(on_refreeze, "on_refreeze", get_args(OnRefreeze))
         self.membership: Membership = one_of(membership, "membership", get_args(Membership))
         keeps = "1 keeps the template's learning rate"
-        scale = as_ratio(learning_rate_scale, "learning_rate_scale", fix=keeps)
+        self.scales = _scales(learning_rate_scale, [block.name for block in self.blocks], keeps)
         decay = as_ratio(layer_decay, "layer_decay", fix=keeps)
-        self._ratios = [scale * decay**depth for depth in range(len(self.blocks))][::-1]
+        total = len(self.blocks)
+        self._ratios = [scale * decay ** (total - 1 - index) for index, scale in enumerate(self.scales)]
         self._template = as_count(template, "template", minimum=0, fix="0 is the head's group")
         admission.refuse_template(optimizer, self._template)
         late = membership == "late"
@@ -322,3 +324,16 @@ class OptimizerRebuilder:
             for scheduler in schedulers:
                 rates.leave(scheduler, size)
             raise
+
+
+def _scales(scale: Scale, names: Sequence[str], fix: str) -> list[float]:
+    """The scale of each block, shallow to deep."""
+    if not isinstance(scale, Mapping):
+        return [as_ratio(scale, "learning_rate_scale", fix=fix)] * len(names)
+    if strange := [*(name for name in scale if name not in names), *(name for name in names if name not in scale)]:
+        what = "an unknown block" if strange[0] in scale else "none for"
+        raise ValueError(
+            f"`learning_rate_scale` must have one number for each block, got {what} {strange[0]!r}; the blocks are "
+            f"{listed(names, most=10)}"
+        )
+    return [as_ratio(scale[name], f"learning_rate_scale[{name!r}]", fix=fix) for name in names]
