@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -12,76 +13,33 @@ import pytest
 import unfreeze_sched
 
 ROOT = Path(unfreeze_sched.__file__).parent
-CORE = [
-    "_fields",
-    "_saved",
-    "_follower",
-    "guards",
-    "history",
-    "presets",
-    "schedule",
-    "tracing",
-    "partition",
-    "blocks",
-    "freezing",
-    "lr_schedulers",
-    "optimizers",
-    "parts",
-    "warmup",
-    "accumulation",
-    "ownership",
-    "parallel",
-    "probe",
-    "rebuilder",
-    "unfreezer",
-]
-# What each module of the core may import of this package; the order of CORE, and no more.
-ALLOWED = {
-    "_fields": set(),
-    "_saved": set(),
-    "_follower": {"_fields"},
-    "guards": {"_fields", "_follower"},
-    "history": {"_fields", "_history_table", "_saved", "rate_chart"},
-    "presets": {"_fields"},
-    "schedule": {"_fields", "presets"},
-    "tracing": set(),
-    "partition": {"tracing"},
-    "blocks": {"partition", "tracing"},
-    "freezing": {"blocks"},
-    "lr_schedulers": set(),
-    "optimizers": set(),
-    "parts": {"blocks"},
-    "warmup": set(),
-    "accumulation": set(),
-    "ownership": {"blocks"},
-    "parallel": {"blocks", "optimizers"},
-    "probe": {"parallel"},
-    "rebuilder": {
-        "_fields",
-        "accumulation",
-        "blocks",
-        "lr_schedulers",
-        "optimizers",
-        "ownership",
-        "parallel",
-        "parts",
-        "probe",
-        "warmup",
-    },
-    "unfreezer": {
-        "_fields",
-        "_saved",
-        "blocks",
-        "freezing",
-        "guards",
-        "history",
-        "optimizers",
-        "parts",
-        "probe",
-        "rebuilder",
-        "schedule",
-    },
+# The core, by folder or module, and what of this package each may import beside itself.
+MAY_IMPORT = {
+    "_checks": [],
+    "parallel": [],
+    "schedule": ["_checks"],
+    "model": ["_checks"],
+    "optimizer": ["_checks", "model.block", "parallel"],
+    "guards": ["_checks", "parallel"],
+    "history": ["_checks", "parallel"],
+    "unfreezer": ["_checks", "guards", "history", "model", "optimizer", "parallel", "schedule"],
 }
+OUTSIDE = ["__main__", "arguments", "cli", "distill", "integrations", "plan"]
+MOST_NAMES = 16
+
+
+def files_of(room: str) -> list[Path]:
+    """The Python files of a folder or module of the package."""
+    return sorted((ROOT / room).rglob("*.py")) if (ROOT / room).is_dir() else [ROOT / f"{room}.py"]
+
+
+def inner(path: Path) -> set[str]:
+    """What a file imports of this package, without the package's name."""
+    return {name.partition(".")[2] for name in imports(path) if name.partition(".")[0] == "unfreeze_sched"}
+
+
+def lies_in(name: str, rooms: list[str]) -> bool:
+    return any(name == room or name.startswith(f"{room}.") for room in rooms)
 
 
 def imports(path: Path) -> set[str]:
@@ -166,30 +124,81 @@ assert unfreezer.apply(0) and unfreezer.apply(1)
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("module", CORE)
-def test_arrows(module: str) -> None:
-    """A module of the core imports of this package what lies before it, and nothing outside the core's dependencies."""
-    found = imports(ROOT / f"{module}.py")
-    inner = {name.split(".")[1] for name in found if name.startswith("unfreeze_sched.")}
-    assert (
-        inner - {"lr_schedulers"} <= ALLOWED[module] | {"lr_schedulers"}
-        if module == "rebuilder"
-        else inner <= ALLOWED[module]
-    )
-    outer = {name.split(".")[0] for name in found} - {"unfreeze_sched", *sys.stdlib_module_names}
-    assert outer <= (
-        {"pydantic"} if module in {"_fields", "_follower", "guards", "history", "presets", "schedule"} else {"torch"}
-    )
+def test_every_name_at_the_top_has_its_place() -> None:
+    """Each folder and module is the core's, with what it may import, or outside of it."""
+    found = {path.stem for path in ROOT.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert found == {"__init__", *MAY_IMPORT, *OUTSIDE}
+
+
+@pytest.mark.parametrize("room", MAY_IMPORT)
+def test_arrows(room: str) -> None:
+    """A folder or module of the core imports of this package itself and what it may, at any depth of its code."""
+    for path in files_of(room):
+        for name in inner(path):
+            assert lies_in(name, [room, *MAY_IMPORT[room]]), (path, name)
+
+
+@pytest.mark.parametrize("room", MAY_IMPORT)
+def test_what_the_core_imports_of_others(room: str) -> None:
+    """Torch and pydantic alone; no torch in what is there without it; and matplotlib for the history's picture."""
+    without_torch = {"history": {"pydantic", "matplotlib"}} | {
+        own: {"pydantic"} for own in ("_checks", "schedule", "guards")
+    }
+    allowed = without_torch.get(room, {"pydantic", "torch"})
+    for path in files_of(room):
+        outer = {name.split(".")[0] for name in imports(path)} - {"unfreeze_sched", *sys.stdlib_module_names}
+        assert outer <= allowed, path
 
 
 def test_nothing_in_the_core_imports_the_outside() -> None:
-    """Integrations, the reference wrapper and the command line are imported by nothing but themselves."""
-    inside = {path for path in ROOT.glob("*.py") if path.stem in {*CORE, "__init__"}}
+    """Integrations, plan, reference and command line are imported by nothing but themselves."""
+    inside = [path for room in ("__init__", *MAY_IMPORT) for path in files_of(room)]
+    assert len(inside) > len(MAY_IMPORT)
     for path in inside:
-        assert not any("distill" in name or "integrations" in name or name == "cli" for name in imports(path)), path
+        assert not any(lies_in(name, OUTSIDE) for name in inner(path)), path
 
 
-def test_no_module_outgrows_its_job() -> None:
-    """A module past 350 lines is probably two."""
-    for path in ROOT.rglob("*.py"):
-        assert len(path.read_text().splitlines()) <= 350, path
+def test_the_arrows_can_be_broken(tmp_path: Path) -> None:
+    """An import in a function, of a module or of a name in it, is seen."""
+    file = tmp_path / "broken.py"
+    file.write_text(
+        "def f():\n    from unfreeze_sched.model import tracing\n    import unfreeze_sched.schedule.presets\n"
+    )
+    assert inner(file) == {"model.tracing", "schedule.presets"}
+    assert not lies_in("model.tracing", MAY_IMPORT["optimizer"])
+
+
+@pytest.mark.parametrize(
+    ("name", "spared"),
+    [
+        ("unfreeze_sched.schedule", "torch"),
+        ("unfreeze_sched.guards", "torch"),
+        ("unfreeze_sched.history", "torch"),
+        ("unfreeze_sched._checks", "torch"),
+        ("unfreeze_sched.optimizer", "unfreeze_sched.model.tracing"),
+        ("unfreeze_sched.optimizer", "unfreeze_sched.schedule"),
+        ("unfreeze_sched.model", "unfreeze_sched.optimizer"),
+    ],
+)
+def test_what_is_not_loaded(name: str, spared: str) -> None:
+    """What a room does not need is not there once it is imported."""
+    code = f"import sys, {name}; sys.exit({spared!r} in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_top_is_read_at_a_glance() -> None:
+    """So many names lie at the top of the package, the guides aside."""
+    names = [path.name for path in ROOT.iterdir() if path.suffix != ".md" and path.name != "__pycache__"]
+    assert len(names) <= MOST_NAMES, sorted(names)
+
+
+def test_each_package_says_what_it_is_for() -> None:
+    """Each `__init__` has a docstring, and all that it exports is there and in `dir`."""
+    folders = [path for path in (ROOT, *ROOT.rglob("*")) if path.is_dir() and list(path.glob("*.py"))]
+    assert len(folders) >= 8
+    for folder in folders:
+        package = import_module(".".join((ROOT.name, *folder.relative_to(ROOT).parts)))
+        assert package.__doc__, folder
+        for name in getattr(package, "__all__", ()):
+            assert getattr(package, name) is not None
+            assert name in dir(package)

@@ -22,3 +22,7 @@ def __getattr__(name: str) -> object:
     from unfreeze_sched.model.encoder import encoder_blocks  # noqa: PLC0415  # see above
 
     return encoder_blocks
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
