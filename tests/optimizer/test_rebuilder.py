@@ -350,6 +350,7 @@ def test_a_scheduler_of_another_optimizer() -> None:
         OptimizerRebuilder(torch.optim.SGD(net.head.parameters(), lr=0.1), net.make_blocks(), lr_schedulers=[other])
 
 
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon came with torch 2.9")
 def test_muon_is_checked_before_anything_changes() -> None:
     """Muon takes matrices alone, which its constructor checks and `add_param_group` does not (trap 9)."""
     net = Net()

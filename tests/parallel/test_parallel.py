@@ -1,9 +1,11 @@
 """On 2 and 4 real ranks: what an engine does not cover is refused, and with the ways out the ranks stay one model."""
 
+import inspect
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import parallel_worker
@@ -15,15 +17,22 @@ from torch.nn.parallel import DistributedDataParallel
 
 from unfreeze_sched import Block, OptimizerRebuilder
 from unfreeze_sched.optimizer.watch import differing_gradients
-from unfreeze_sched.parallel import process_group, rewrap_ddp
+from unfreeze_sched.parallel import _by_version, process_group, rewrap_ddp
 
 WAYS = ["ddp_rewrap", "ddp_find_unused", "fsdp2", "fsdp1", "zero"]
 OTHERS = ["ddp_plain", "no_engine", "fsdp2_late", "fsdp1_flat", "local_sgd", "ddp_drift"]
 CHECKPOINTED = ["checkpointed", "checkpointed_warm", "checkpointed_bare"]
+FSDP2 = {"fsdp2", "fsdp2_late", *CHECKPOINTED}
+
+# Its collectives record an event on torch.cpu.Stream, which has had none to record before torch 2.7.
+without_fsdp2 = not hasattr(torch.cpu.Stream, "record_event")
+needs_fsdp2 = pytest.mark.skipif(without_fsdp2, reason="FSDP2 runs on the CPU from torch 2.7 on")
+ways = [pytest.param(way, marks=needs_fsdp2 if way in FSDP2 else ()) for way in WAYS]
 
 
 def launch(out: Path, world: int, scenarios: list[str]) -> dict[str, list[dict[str, Any]]]:
-    """Run the scenarios on `world` processes; what each rank saved, by scenario."""
+    """Run the scenarios on `world` processes, as far as torch can; what each rank saved, by scenario."""
+    scenarios = [name for name in scenarios if not (without_fsdp2 and name in FSDP2)]
     own = environment() | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     worker = Path(__file__).with_name("parallel_worker.py")
     logs = [out / f"log.{rank}" for rank in range(world)]
@@ -65,7 +74,7 @@ def ranks(request: pytest.FixtureRequest) -> Any:
     return request.getfixturevalue(request.param)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ways)
 def test_ranks_stay_one_model(way: str, ranks: dict[str, list[dict[str, Any]]], alone: dict[str, Any]) -> None:
     """Over a whole run with transitions the ranks are equal to the bit, and to one process within float error."""
     results = ranks[way]
@@ -76,7 +85,9 @@ def test_ranks_stay_one_model(way: str, ranks: dict[str, list[dict[str, Any]]], 
         assert result["weights"].keys() == alone["weights"].keys()
         for name, value in alone["weights"].items():
             assert torch.equal(result["weights"][name], results[0]["weights"][name])
-            torch.testing.assert_close(result["weights"][name], value, atol=1e-6, rtol=1e-5)
+            torch.testing.assert_close(
+                result["weights"][name], value, atol=1e-5, rtol=1e-4
+            )  # sums of 4 ranks, over AdamW's roots
 
 
 def test_the_comparison_can_fail(two: dict[str, list[dict[str, Any]]], alone: dict[str, Any]) -> None:
@@ -116,6 +127,7 @@ def test_only_what_is_trainable_is_reduced(way: str, ranks: dict[str, list[dict[
     assert sent[::3] == [72, 424, 1128, 1128, 424, 1480]  # a step of each epoch
 
 
+@needs_fsdp2
 def test_sharded_after_the_fact(two: dict[str, list[dict[str, Any]]]) -> None:
     """`fully_shard` after the unfreezer was made leaves orphans, which are named before anything is trained."""
     for result in two["fsdp2_late"]:
@@ -131,6 +143,7 @@ def test_fsdp1_without_the_original_parameters_is_refused(two: dict[str, list[di
             assert "_flat_param, which FSDP made of several; pass use_orig_params=True" in text
 
 
+@needs_fsdp2
 def test_distributed_checkpoints(two: dict[str, list[dict[str, Any]]]) -> None:
     """A round trip through torch.distributed.checkpoint over transitions goes on to the same bits.
 
@@ -169,6 +182,7 @@ def hook(_state: object, bucket: distributed.GradBucket) -> torch.futures.Future
 
 
 @pytest.mark.usefixtures("group")
+@pytest.mark.filterwarnings("ignore:`broadcast_buffers` is deprecated:FutureWarning")  # from torch 2.13 on
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -178,6 +192,7 @@ def hook(_state: object, bucket: distributed.GradBucket) -> torch.futures.Future
         {"find_unused_parameters": True},
         {"gradient_as_bucket_view": True},
         {"static_graph": True},
+        {"broadcast_buffers": False},
         {"forward_sync_buffers": False},
         {"skip_all_reduce_unused_params": True, "find_unused_parameters": True},
         {"batched_grad_copy": True},
@@ -186,6 +201,8 @@ def hook(_state: object, bucket: distributed.GradBucket) -> torch.futures.Future
 )
 def test_a_new_wrapper_has_the_same_arguments(arguments: dict[str, Any]) -> None:
     """All that the constructor was given comes again, and the hooks; the new one covers what is trainable now."""
+    if later := arguments.keys() - inspect.signature(DistributedDataParallel).parameters:
+        pytest.skip(f"this torch's DistributedDataParallel has no {', '.join(later)}")
     old = DistributedDataParallel(Mixed(), **arguments)
     old.register_comm_hook("state", hook)
     old.eval()
@@ -196,15 +213,34 @@ def test_a_new_wrapper_has_the_same_arguments(arguments: dict[str, Any]) -> None
         *("bucket_bytes_cap", "bucket_bytes_cap_list", "bucket_bytes_cap_default", "find_unused_parameters", "dim"),
         *("gradient_as_bucket_view", "static_graph", "forward_sync_buffers", "skip_all_reduce_unused_params"),
         *("batched_grad_copy", "process_group", "device_ids", "output_device", "_comm_hooks", "training", "module"),
+        "broadcast_buffers",
     )
+    absent = object()  # by version
     for name in kept:
-        assert getattr(new, name) == getattr(old, name), name
+        assert getattr(new, name, absent) == getattr(old, name, absent), name
     assert old._get_ddp_logging_data()["num_parameter_tensors"] == 4
     assert new._get_ddp_logging_data()["num_parameter_tensors"] == 6
     assert not any(module.training for module in new.modules())
     assert all(torch.equal(value, before[name]) for name, value in new.module.state_dict().items())
     new(torch.randn(4, 4)).sum().backward()
     assert old.module.first.weight.grad is not None
+
+
+@pytest.mark.parametrize("default", [True, False])
+def test_what_older_constructors_are_given(default: bool) -> None:
+    """The arguments of torch 2.6, 2.8 and 2.11 in words that each has."""
+    old = {"bucket_bytes_cap": 3 * 2**20, "bucket_bytes_cap_default": default, "broadcast_buffers": False}
+    given = {"broadcast_buffers": False} | ({} if default else {"bucket_cap_mb": 3})
+    taken = {"broadcast_buffers", "bucket_cap_mb"}
+    assert _by_version(SimpleNamespace(**old), dict.fromkeys(taken)) == given
+    taken |= {"init_sync", "skip_all_reduce_unused_params"}
+    old["skip_all_reduce_unused_params"] = True
+    given |= {"init_sync": False, "skip_all_reduce_unused_params": True}
+    assert _by_version(SimpleNamespace(**old), dict.fromkeys(taken)) == given
+    taken.add("bucket_cap_mb_list")
+    old["bucket_bytes_cap_list"] = [2**20, 2**21]
+    given.pop("bucket_cap_mb", None)
+    assert _by_version(SimpleNamespace(**old), dict.fromkeys(taken)) == given | {"bucket_cap_mb_list": [1, 2]}
 
 
 @pytest.mark.usefixtures("group")
