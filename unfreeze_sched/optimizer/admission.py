@@ -6,6 +6,7 @@ and do nothing where all is well; those that never return are called by who has 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -291,6 +292,28 @@ def _is_driven(optimizer: Optimizer) -> bool:
     return hasattr(optimizer.step, "_wrapped_by_lr_sched") or any(
         "initial_lr" in group for group in optimizer.param_groups
     )
+
+
+def refuse_foreign_rate(group: Mapping[str, Any], reports: Sequence[float]) -> None:
+    """Refuse a template whose learning rate is not what the LR schedulers set: another hand is at it.
+
+    The rows that the schedulers would get for a joining group are right for rates of their own alone.
+
+    Args:
+        group: The template.
+        reports: What each scheduler says to have set last; the last one to step is right.
+    """
+    if reports and group.get("lr") is not None:
+        rate = float(group["lr"])
+        if not any(math.isclose(rate, report, rel_tol=1e-6) for report in reports):
+            raise ValueError(
+                f"`lr_schedulers` must be what sets the learning rate, got a template at {rate:g} where "
+                f"{'they' if len(reports) > 1 else 'it'} last set {', '.join(f'{report:g}' for report in reports)}: "
+                "another scheduler took over, a wrapper dampens the rate, it was set by hand, or at a resume the "
+                "scheduler was loaded before the unfreezer (load unfreezer, scheduler, optimizer in this order); "
+                "assign the schedulers in use to `unfreezer.rebuilder.lr_schedulers`, or None where the loop sets each "
+                "group's rate"
+            )
 
 
 def refuse_floor(scheduler: Any, floor: float, ratio: float) -> NoReturn:

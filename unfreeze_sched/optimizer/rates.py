@@ -168,6 +168,17 @@ def _path(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
+def reported(schedulers: Sequence[Any], index: int) -> list[float]:
+    """The learning rates of a group that the schedulers say to have set last; none where one of them does not say.
+
+    Args:
+        schedulers: Those of the optimizer, all known.
+        index: 0-based place of the group.
+    """
+    lists: list[Any] = [getattr(unwrapped(scheduler), "_last_lr", None) for scheduler in schedulers]
+    return [] if None in lists else [float(values[index]) for values in lists]  # timm's keep none
+
+
 # --- the rate of a joining group
 
 

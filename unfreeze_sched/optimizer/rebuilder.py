@@ -274,7 +274,9 @@ class OptimizerRebuilder:
         admission.refuse_unfit(self.optimizer, template, subset.samples, self._admitted)
         if empty is not None:
             return _Join(subset, index, empty, None)
-        rate = rates.joining_rate(self.lr_schedulers or (), template, index, ratio)
+        schedulers = self.lr_schedulers or ()
+        admission.refuse_foreign_rate(template, rates.reported(schedulers, index))
+        rate = rates.joining_rate(schedulers, template, index, ratio)
         if isinstance(rate, rates.Floored):
             admission.refuse_floor(rate.scheduler, rate.floor, ratio)
         return _Join(subset, index, self._clone(subset, template, ratio, rate), rate)
