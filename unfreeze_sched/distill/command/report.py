@@ -14,9 +14,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 
+from unfreeze_sched._checks import columns
 from unfreeze_sched.distill.command.arms import Arm
 from unfreeze_sched.distill.command.data import SegmentationData
 from unfreeze_sched.distill.command.evaluation import predicted_classes
@@ -28,7 +27,7 @@ _SHOWN_IMAGES = 6
 _MOST_FIGURES = 12  # more transitions than these leave no room for figures
 
 
-def phase_table(records: Sequence[EpochRecord], title: str) -> Table:
+def phase_table(records: Sequence[EpochRecord], title: str) -> str:
     """One row a phase.
 
     Args:
@@ -36,20 +35,17 @@ def phase_table(records: Sequence[EpochRecord], title: str) -> Table:
         title: Of the table.
 
     Returns:
-        Epochs, 0-based and inclusive; number of unfrozen blocks; learning rates at the phase's start, of the head and
+        The title, and a table: epochs, 0-based and inclusive; number of unfrozen blocks; learning rates at the phase's start, of the head and
         the highest of a block; mean training loss; validation loss before the transition and after the first epoch
         since; validation mIoU at the end, and its change over the phase before in points; seconds an epoch; MiB that
         the first step kept for backward, and the device's peak where it is known.
     """
-    table = Table(title=title, box=SIMPLE_HEAD, padding=0, show_edge=False, title_justify="left")
-    for column in _COLUMNS:
-        table.add_column(column, justify="right", no_wrap=True)
-    before = None
+    rows, before = [], None
     for _, group in groupby(records, key=lambda record: record.blocks):
         epochs = tuple(group)
-        table.add_row(*_cells(epochs, before))
+        rows.append(_cells(epochs, before))
         before = epochs[-1]
-    return table
+    return f"{title}\n{columns(_COLUMNS, rows, right=_COLUMNS, gap=1)}"
 
 
 def _cells(epochs: Sequence[EpochRecord], before: EpochRecord | None) -> list[str]:

@@ -106,7 +106,7 @@ def _show(
     """The tables, the scores on the test part, and `result.json`."""
     result: dict[str, Any] = {}
     for name, outcome in outcomes.items():
-        console.print(phase_table(outcome.records, f"{name}: loss and mIoU on the validation part"))
+        console.print(phase_table(outcome.records, f"{name}: loss and mIoU on the validation part"), markup=False)
         if outcome.held:
             console.print(f"{name}: {outcome.held}")
     for name, score in scores.items():
