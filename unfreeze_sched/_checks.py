@@ -60,7 +60,7 @@ def as_ratio(value: Any, name: str, *, fix: str, zero: bool = False) -> float:
         >>> as_ratio(1, "learning_rate_scale", fix="1 keeps the rate")
         1.0
     """
-    text = f"`{name}` must be a number in {'[0, 1]' if zero else '(0, 1]'}, got {value!r}; {fix}"
+    text = f"`{name}` must be a number in {'[0, 1]' if zero else '(0, 1]'}, got {short(value)}; {fix}"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(text)
     if not (0 < value <= 1 or (zero and value == 0)):  # false for NaN
@@ -100,7 +100,9 @@ def one_of(value: Any, name: str, allowed: Sequence[str]) -> Any:
         'keep'
     """
     if value not in allowed:
-        raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {value!r}; {allowed[0]!r} is the default")
+        raise ValueError(
+            f"`{name}` must be one of {', '.join(allowed)}, got {short(value)}; {allowed[0]!r} is the default"
+        )
     return value
 
 
@@ -284,11 +286,17 @@ class FrozenModel(BaseModel, metaclass=_OwnNames):
         for key in data if isinstance(data, Mapping) else ():
             if key not in fields:
                 known = ", ".join(difflib.get_close_matches(str(key), fields, 1) or fields)
-                raise ValueError(f"`{key}` must not be given to {cls.__name__}, got {data[key]!r}; it takes {known}")
+                raise ValueError(
+                    f"`{key}` must not be given to {cls.__name__}, got {short(data[key])}; it takes {known}"
+                )
         return data
 
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """As `replace`: pydantic's own would validate nothing, and keep what was computed from the old fields."""
+        return self.replace(**(update or {})) if update else super().model_copy(deep=deep)
+
     def replace(self, **changes: Any) -> Self:
-        """A copy with some fields changed and all validated, as `model_copy(update=...)` does not.
+        """A copy with some fields changed and all validated.
 
         Args:
             **changes: Fields and their new values.

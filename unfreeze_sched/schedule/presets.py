@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
-from math import ceil
+from itertools import count, groupby
+from operator import itemgetter
 from typing import Any, Literal, Self
 
 from pydantic import Field, field_serializer, field_validator, model_validator
 
-from unfreeze_sched._checks import FrozenModel, as_count, count_field, ratio_field
+from unfreeze_sched._checks import FrozenModel, as_count, count_field, ratio_field, short
 
 _SCALE = "0.1 gives a joining block a tenth of the head's learning rate"
 _SHARE = "it is a share of total_epochs, such as 0.2"
@@ -53,10 +53,10 @@ class RatePreset(FrozenModel):
             return 0
         return min(total_blocks, 1 + (epoch - self.unfreeze_start_epoch) // self.unfreeze_rate)
 
-    def change_epochs(self, total_blocks: int, total_epochs: int) -> Iterator[int]:
-        """The epochs before `total_epochs` at which the number may change, ascending."""
-        last = self.unfreeze_start_epoch + total_blocks * self.unfreeze_rate
-        yield from range(self.unfreeze_start_epoch, min(last, total_epochs), self.unfreeze_rate)
+    def changes(self, total_blocks: int, total_epochs: int) -> Iterator[tuple[int, int]]:
+        """Each epoch before `total_epochs` at which the number may change, ascending, with the number from then on."""
+        last = min(self.unfreeze_start_epoch + total_blocks * self.unfreeze_rate, total_epochs)
+        yield from zip(range(self.unfreeze_start_epoch, last, self.unfreeze_rate), count(1), strict=False)
 
 
 class Milestones(dict[int, int]):
@@ -83,7 +83,8 @@ class Milestones(dict[int, int]):
 def _milestones(value: Any) -> Mapping[int, int]:
     if not isinstance(value, Mapping) or not value:
         raise ValueError(
-            f"`milestones` must map epochs to numbers of blocks, got {value!r}; pass a dict such as {{10: 1, 20: 4}}"
+            f"`milestones` must map epochs to numbers of blocks, got {short(value)}; "
+            "pass a dict such as {10: 1, 20: 4}"
         )
     items: dict[int, int] = {}
     last = -1
@@ -101,10 +102,6 @@ def _milestones(value: Any) -> Mapping[int, int]:
         last = epoch
     milestones: Mapping[int, int] = Milestones(items)
     return milestones
-
-
-def _plain(milestones: Mapping[int, int]) -> dict[int, int]:
-    return dict(milestones)  # `dict` itself has no signature, and pydantic 2.7 asks for one
 
 
 _MILESTONES_SCHEMA: dict[str, Any] = {
@@ -146,14 +143,12 @@ class MilestonePreset(FrozenModel):
     def blocks_at(self, epoch: int, total_blocks: int, total_epochs: int) -> int:
         """The number of unfrozen blocks at a 0-based epoch; the totals play no part."""
         del total_blocks, total_epochs
-        epochs = list(self.milestones)
-        place = bisect_right(epochs, epoch)
-        return self.milestones[epochs[place - 1]] if place else 0
+        return next((number for key, number in [*self.milestones.items()][::-1] if key <= epoch), 0)
 
-    def change_epochs(self, total_blocks: int, total_epochs: int) -> Iterator[int]:
-        """The epochs before `total_epochs` at which the number may change, ascending."""
+    def changes(self, total_blocks: int, total_epochs: int) -> Iterator[tuple[int, int]]:
+        """Each epoch before `total_epochs` at which the number may change, ascending, with the number from then on."""
         del total_blocks
-        yield from (epoch for epoch in self.milestones if epoch < total_epochs)
+        yield from ((epoch, number) for epoch, number in self.milestones.items() if epoch < total_epochs)
 
 
 class FractionPreset(FrozenModel):
@@ -203,11 +198,17 @@ class FractionPreset(FrozenModel):
             return total_blocks
         return min(total_blocks, 1 + int(total_blocks * (epoch - start) / (end - start)))
 
-    def change_epochs(self, total_blocks: int, total_epochs: int) -> Iterator[int]:
-        """The epochs before `total_epochs` at which the number may change, ascending."""
+    def changes(self, total_blocks: int, total_epochs: int) -> Iterator[tuple[int, int]]:
+        """Each epoch before `total_epochs` at which the number may change, ascending, with the number from then on."""
         start, end = self._bounds(total_epochs)
-        epochs = (ceil(start + block * (end - start) / total_blocks) for block in range(total_blocks))
-        yield from sorted({epoch for epoch in epochs if epoch < total_epochs})
+        step = (end - start) / total_blocks
+        # In whole numbers over one denominator, since fractions of a long run would take their time.
+        below = start.denominator * step.denominator
+        first, each = start.numerator * step.denominator, step.numerator * start.denominator
+        epochs = (-(-(first + block * each) // below) for block in range(total_blocks))  # rounded up
+        for epoch, same in groupby(enumerate(epochs, 1), key=itemgetter(1)):
+            if epoch < total_epochs:
+                yield epoch, max(number for number, _ in same)
 
     def _bounds(self, total_epochs: int) -> tuple[Fraction, Fraction]:
         return Fraction(repr(self.start)) * total_epochs, Fraction(repr(self.end)) * total_epochs

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from unfreeze_sched._checks import FrozenModel, as_count, count_field
+from unfreeze_sched._checks import FrozenModel, as_count, count_field, short
 from unfreeze_sched.schedule.presets import FractionPreset, MilestonePreset, Preset, RatePreset
 
 _KINDS = {"rate": RatePreset, "milestones": MilestonePreset, "fraction": FractionPreset}
@@ -20,10 +20,10 @@ def _known_kind(value: Any) -> Any:
     if isinstance(value, tuple(_KINDS.values())):
         return value
     if not isinstance(value, Mapping):
-        raise ValueError(f"`preset` must be a preset or its dict, got {value!r}; pass MEDIUM or a RatePreset")  # noqa: TRY004  # pydantic gathers ValueErrors alone
-    if value.get("kind") not in _KINDS:
+        raise ValueError(f"`preset` must be a preset or its dict, got {short(value)}; pass MEDIUM or a RatePreset")  # noqa: TRY004  # pydantic gathers ValueErrors alone
+    if not isinstance(value.get("kind"), str) or value["kind"] not in _KINDS:
         raise ValueError(
-            f"`preset` must have a `kind` among {', '.join(_KINDS)}, got {value.get('kind')!r}; add 'kind': 'rate'"
+            f"`preset` must have a `kind` among {', '.join(_KINDS)}, got {short(value.get('kind'))}; add 'kind': 'rate'"
         )
     return value
 
@@ -81,12 +81,20 @@ class UnfreezeSchedule(FrozenModel):
             )
         return self
 
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        """Refuse a subclass that would be asked in vain: an unfreezer reads the table that the preset makes."""
+        super().__init_subclass__(**keywords)
+        if own := {"blocks_at", "progress_at", "transitions", "__getitem__", "__iter__"} & vars(cls).keys():
+            raise TypeError(
+                f"`{min(own)}` must not be overridden by {cls.__name__}, which unfreezers do not call; state your "
+                "numbers as MilestonePreset(milestones={epoch: number, ...})"
+            )
+
     @cached_property
     def _changes(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         """Epochs at which the number changes, the numbers, and the largest so far: a look-up is a bisection."""
         epochs, blocks = [-1], [0]
-        for epoch in self.preset.change_epochs(self.total_blocks, self.total_epochs):
-            number = self.preset.blocks_at(epoch, self.total_blocks, self.total_epochs)
+        for epoch, number in self.preset.changes(self.total_blocks, self.total_epochs):
             if number != blocks[-1]:
                 epochs.append(epoch)
                 blocks.append(number)

@@ -35,10 +35,10 @@ def phase_table(records: Sequence[EpochRecord], title: str) -> str:
         title: Of the table.
 
     Returns:
-        The title, and a table: epochs, 0-based and inclusive; number of unfrozen blocks; learning rates at the phase's start, of the head and
-        the highest of a block; mean training loss; validation loss before the transition and after the first epoch
-        since; validation mIoU at the end, and its change over the phase before in points; seconds an epoch; MiB that
-        the first step kept for backward, and the device's peak where it is known.
+        The title, and a table: epochs, 0-based and inclusive; number of unfrozen blocks; learning rates at the phase's
+        start, of the head and the highest of a block; mean training loss; validation loss before the transition and
+        after the first epoch since; validation mIoU at the end, and its change over the phase before in points; seconds
+        an epoch; MiB that the first step kept for backward, and the device's peak where it is known.
     """
     rows, before = [], None
     for _, group in groupby(records, key=lambda record: record.blocks):
