@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
 
-import unfreeze_sched.model.encoder
 import unfreeze_sched.model.division
+import unfreeze_sched.model.encoder
 import unfreeze_sched.model.tracing
 from unfreeze_sched.model import Block, encoder_blocks
 from unfreeze_sched.model.block import validate_blocks

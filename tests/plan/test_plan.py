@@ -7,7 +7,6 @@ import re
 import shlex
 import subprocess
 import sys
-import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -239,15 +238,11 @@ def test_a_billion_parameters_are_not_allocated() -> None:
 
 
 def test_without_an_encoder_there_is_no_torch() -> None:
-    """With a number of blocks the answer is there in under a second, and torch was never imported."""
+    """With a number of blocks the answer is there without torch, which takes longer to import than all the rest."""
     code = "import sys; from unfreeze_sched.cli import main; main({}); sys.exit('torch' in sys.modules)"
-    seconds = []
     for words in (["--blocks", "7"], ["--blocks", "7", "--json"], ["--blocks", "7", "--preset", "large"]):
-        begin = time.perf_counter()
         result = subprocess.run([sys.executable, "-c", code.format([*RUN, *words])], check=False, capture_output=True)
-        seconds.append(time.perf_counter() - begin)
         assert result.returncode == 0, result.stderr
-    assert min(seconds) < 1
 
 
 def test_json_has_a_stable_shape(capsys: Any) -> None:
