@@ -75,16 +75,16 @@ def test_a_parameter_without_a_gradient_is_reported_once() -> None:
     step(net, optimizer)  # warnings are errors
 
 
-def test_the_probe_leaves_no_hook() -> None:
-    """A hook is there from a transition to the next step, and at no other time."""
+def test_the_probe_looks_once() -> None:
+    """From a transition to the next step there is something to look at, and at no other time."""
     net, optimizer, unfreezer = make()
-    hooks = optimizer._optimizer_step_pre_hooks
+    watched = unfreezer.rebuilder.first_step._watched
     unfreezer.apply(0)
-    assert not hooks
+    assert not watched
     unfreezer.apply(1)
-    assert len(hooks) == 1
+    assert len(watched) == 1
     step(net, optimizer)
-    assert not hooks
+    assert not watched
 
 
 def test_the_probe_goes_while_other_hooks_stay() -> None:
@@ -96,7 +96,7 @@ def test_the_probe_goes_while_other_hooks_stay() -> None:
     step(net, optimizer)
     step(net, optimizer)
     assert calls == [0, 1]
-    assert len(optimizer._optimizer_step_pre_hooks) == 1
+    assert len(optimizer._optimizer_step_pre_hooks) == 2
 
 
 def test_the_probe_waits_for_a_backward_pass() -> None:

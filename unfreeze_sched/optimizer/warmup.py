@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from unfreeze_sched.optimizer.watch import Watcher
+
 WARMUP_KEY = "unfreeze_warmup"
 """The key under which a group keeps [steps taken, steps in all]; saved and loaded with the group.
 
@@ -15,7 +17,7 @@ It stays when the warm-up is over: torch.distributed.checkpoint loads into the k
 """
 
 
-class Warmup:
+class Warmup(Watcher):
     """Lets step i (0-based) of a group's first k run at `(i + 1) / k` of its learning rate.
 
     A fresh Adam state otherwise begins with sign-like steps of full size. The rate is lowered when a step begins and is
@@ -27,22 +29,23 @@ class Warmup:
     """
 
     def __init__(self, optimizer: Optimizer, steps: int) -> None:
+        super().__init__(optimizer)
         self.steps = steps
         self._own: list[tuple[dict[str, Any], Any]] = []
-        # One warm-up per optimizer, whichever rebuilder asked for it: two would lower the rate twice.
-        hooks = optimizer._optimizer_step_pre_hooks  # noqa: SLF001  # torch has no public way to list them
-        if not any(isinstance(getattr(hook, "__self__", None), Warmup) for hook in hooks.values()):
-            optimizer.register_step_pre_hook(self._lower)
-            optimizer.register_step_post_hook(self._restore)
 
     def begin(self, groups: Iterable[dict[str, Any]]) -> None:
-        """Start the warm-up of groups that have just joined."""
+        """Start the warm-up of groups that have just joined; it goes on where the unfreezer is let go."""
         for group in groups:
             group[WARMUP_KEY] = [0, self.steps]
+            self.hooks.busy.add(self)
 
-    def _lower(self, optimizer: Optimizer, *_: Any) -> None:
+    def before_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Lower the rates of all groups that warm up, whichever rebuilder began it: two would lower them twice."""
+        del args, kwargs
+        if self.hooks.first(Warmup) is not self:
+            return
         self._restore_rates()  # a step that failed has not done so
-        for group in optimizer.param_groups:
+        for group in self._optimizer.param_groups:
             taken, total = group.get(WARMUP_KEY, (0, 0))
             if taken < total:
                 rate = group["lr"]
@@ -52,10 +55,13 @@ class Warmup:
                 else:
                     self._own.append((group, rate))
                     group["lr"] = rate * ((taken + 1) / total)
+        if not self._own:
+            self.hooks.busy.clear()
 
-    def _restore(self, optimizer: Optimizer, *_: Any) -> None:
+    def after_step(self) -> None:
+        """Give the rates back, and count the step."""
         # A fused step is told by GradScaler to change nothing, where another one is not called at all.
-        overflow = getattr(optimizer, "found_inf", None)
+        overflow = getattr(self._optimizer, "found_inf", None)
         if self._own and (overflow is None or not overflow):
             for group, _rate in self._own:
                 taken, total = group[WARMUP_KEY]

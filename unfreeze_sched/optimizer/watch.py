@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import is_
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, distributed, nn
@@ -84,7 +85,77 @@ def _first(held: Iterable[_Held]) -> tuple[Mapping[str, Any], str, nn.Parameter]
     )
 
 
-class Accumulation:
+class Watcher:
+    """Something that looks on as an optimizer steps; it lives as long as who made it, in copies and pickles too.
+
+    Args:
+        optimizer: The live optimizer, or what is innermost of its wrappers.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        StepHooks.of.setdefault(optimizer, StepHooks()).add(self, optimizer)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """In a copy: an optimizer leaves its hooks behind."""
+        self.__dict__.update(state)
+        Watcher.__init__(self, self._optimizer)
+
+    @property
+    def hooks(self) -> StepHooks:
+        """Those of the optimizer."""
+        return StepHooks.of[self._optimizer]
+
+    def before_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A step begins; what is returned takes the place of its arguments, unless it is None."""
+
+    def after_step(self) -> None:
+        """A step has ended."""
+
+
+class StepHooks:
+    """The one pair of hooks on an optimizer, whoever looks on; it goes when the last watcher has gone."""
+
+    of: ClassVar[WeakKeyDictionary[Optimizer, StepHooks]] = WeakKeyDictionary()
+
+    def __init__(self) -> None:
+        self.busy: set[Watcher] = set()  # kept alive, since they have begun something
+        self._watchers: list[ref[Watcher]] = []
+        self._handles: list[Any] = []
+
+    def add(self, watcher: Watcher, optimizer: Optimizer) -> None:
+        """Let a watcher look on, which is not kept alive for it."""
+        self._watchers.append(ref(watcher, self._forget))
+        if not self._handles:
+            self._handles.append(optimizer.register_step_pre_hook(self._before_step))
+            self._handles.append(optimizer.register_step_post_hook(self._after_step))
+
+    def first(self, kind: type[Watcher]) -> Watcher | None:
+        """The first of a kind, which does for all what must not be done twice."""
+        return next((watcher for watcher in self._live() if isinstance(watcher, kind)), None)
+
+    def _forget(self, gone: ref[Watcher]) -> None:
+        self._watchers.remove(gone)
+        while not self._watchers and self._handles:
+            self._handles.pop().remove()
+
+    def _before_step(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = None
+        for watcher in self._live():
+            changed = watcher.before_step(args, kwargs)
+            if changed is not None:
+                given = args, kwargs = changed
+        return given
+
+    def _after_step(self, *_: Any) -> None:
+        for watcher in self._live():
+            watcher.after_step()
+
+    def _live(self) -> Iterator[Watcher]:
+        return (watcher for reference in tuple(self._watchers) if (watcher := reference()) is not None)
+
+
+class Accumulation(Watcher):
     """Tells gradients of an accumulation that is not over from gradients that the last step has used.
 
     A transition in its middle would let the joining parameters see a part of the gradient alone. That a gradient is
@@ -97,11 +168,10 @@ class Accumulation:
     """
 
     def __init__(self, optimizer: Optimizer, template: int) -> None:
-        self._optimizer = optimizer
+        super().__init__(optimizer)
         self._parameter = min(optimizer.param_groups[template]["params"], key=Tensor.numel, default=None)
         self._used: tuple[Tensor, int] | None = None
-        self._note()
-        optimizer.register_step_post_hook(self._note)
+        self.after_step()
 
     def is_pending(self) -> bool:
         """Whether there are gradients that no step has used."""
@@ -121,13 +191,14 @@ class Accumulation:
         )
         return all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
 
-    def _note(self, *_: Any) -> None:
+    def after_step(self) -> None:
+        """Note the gradients that it has used."""
         gradient = None if self._parameter is None else self._parameter.grad
         # The object itself is kept, small as it is: an address would be used again by the next gradient.
         self._used = None if gradient is None else (gradient, gradient._version)  # noqa: SLF001  # torch's own counter
 
 
-class FirstStep:
+class FirstStep(Watcher):
     """Looks at the gradients of newly trainable parameters once, before the first step that could use them.
 
     Did each get one, and the same on all ranks? No gradient is looked at between that step and the next transition.
@@ -142,23 +213,18 @@ class FirstStep:
     """
 
     def __init__(self, optimizer: Optimizer, probe: Probe) -> None:
+        super().__init__(optimizer)
         self._probe: Probe = one_of(probe, "probe", get_args(Probe))
-        self._optimizer = optimizer
         self._watched: list[Sequence[Named]] = []
-        self._handle: Any = None
-        if probe != "off":
-            optimizer.register_step_post_hook(self._after_step)
 
     def watch(self, named: Sequence[Named]) -> None:
         """Look at those of these parameters that are trainable when the next step begins."""
-        if self._probe == "off" or not any(parameter.requires_grad for _, parameter in named):
-            return
-        self._watched.append(named)
-        if self._handle is None:
-            self._handle = self._optimizer.register_step_pre_hook(self._before_step)
+        if self._probe != "off" and any(parameter.requires_grad for _, parameter in named):
+            self._watched.append(named)
 
-    def _before_step(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not self._watched:  # the last step was cut short after the look
+    def before_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Look, or let a step with a closure look when the gradients are there."""
+        if not self._watched:
             return None
         optimizer, *given = args
         closure = given[0] if given else kwargs.get("closure")
@@ -172,12 +238,6 @@ class FirstStep:
             return loss
 
         return ((optimizer, probed, *given[1:]), kwargs) if given else (args, {**kwargs, "closure": probed})
-
-    def _after_step(self, *_: Any) -> None:
-        # Not sooner: torch walks the pre-hooks, and another's may come after this one.
-        if self._handle is not None and not self._watched:
-            self._handle.remove()
-            self._handle = None
 
     def _look(self) -> None:
         watched = {name: parameter for named in self._watched for name, parameter in named if parameter.requires_grad}
