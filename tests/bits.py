@@ -7,7 +7,41 @@ import random
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+from unfreeze_sched import ProgressiveUnfreezer
+
+JUNK = [
+    *(
+        None,
+        True,
+        -1,
+        0,
+        3,
+        10**30,
+        0.5,
+        float("nan"),
+        float("inf"),
+        "",
+        "words",
+        b"bytes",
+        [],
+        {},
+        [1, 2],
+        {"a": 1},
+        (1,),
+    ),
+    *(
+        torch.tensor(1.0),
+        torch.ones(2, 3),
+        torch.ones(0),
+        torch.ones(3, dtype=torch.complex64),
+        torch.eye(3).to_sparse(),
+    ),
+    *(torch.ones(3, dtype=torch.uint8), torch.ones(3, device="meta"), torch.ones(3, dtype=torch.float16)),
+]
+"""What may stand where something else belongs."""
 
 
 def flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -73,3 +107,21 @@ def places(value: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
     for key, item in pairs:
         yield f"{path}[{key!r}]", value, key
         yield from places(item, f"{path}[{key!r}]")
+
+
+def all_of(unfreezer: ProgressiveUnfreezer, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What a refused load must leave alone: bits, and the identity of what others may hold."""
+    private = {key: value for key, value in vars(unfreezer).items() if key.startswith("_") and key != "_norms"}
+    groups = private.pop("_seen_groups")
+    return {
+        "private": private,
+        "seen": id(groups),
+        "unfreezer": unfreezer.state_dict(),
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "groups": [id(optimizer.param_groups), *map(id, optimizer.param_groups)],
+        "parameters": [[id(p) for p in group["params"]] for group in optimizer.param_groups],
+        "trainable": [(p.requires_grad, p.grad is None, id(p), p.data_ptr()) for p in model.parameters()],
+        "norms": [(m.training, type(m.__dict__.get("train")).__name__) for m in model.modules()],
+        "random": torch.get_rng_state(),
+    }
