@@ -129,6 +129,7 @@ class ProgressiveUnfreezer:
         self._applied: tuple[int, int] | None = None  # the numbers of blocks unfrozen, and reached
         self._seen_groups: list[dict[str, Any]] | None = None
         self._seen_length = 0
+        self._has_changed = False
 
     @classmethod
     def from_model(
@@ -266,11 +267,14 @@ class ProgressiveUnfreezer:
             # What the caps held back in the past, the schedule cannot tell.
             number = min(scheduled, *(cap.cap for cap in self.caps if cap.cap is not None), len(self.blocks))
             reached = max(number, self._applied[1] if self._applied else 0)
+        change = UNCHANGED
         if (number, reached) != self._applied or not self._is_as_left():
+            self.rebuilder.warn_of_lost_ratios()
             change = self._bring_to(number, reached)
-        elif self.caps:
-            change = UNCHANGED
-        else:
+        elif self._has_changed:  # by the last call, which the loop has trained with since
+            self._has_changed = False
+            self.rebuilder.warn_of_lost_ratios()
+        elif not self.caps:
             return UNCHANGED
         for cap in self.caps:
             cap.follow(number, len(self.blocks))
@@ -310,6 +314,7 @@ class ProgressiveUnfreezer:
                 release(self._norms[index])
         groups = self.rebuilder.optimizer.param_groups
         self._applied, self._seen_groups, self._seen_length = (number, reached), groups, len(groups)
+        self._has_changed = True
         return change
 
     def _to_visit(self, number: int, reached: int) -> range:

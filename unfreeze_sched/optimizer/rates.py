@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
@@ -177,6 +177,22 @@ def reported(schedulers: Sequence[Any], index: int) -> list[float]:
     """
     lists: list[Any] = [getattr(unwrapped(scheduler), "_last_lr", None) for scheduler in schedulers]
     return [] if None in lists else [float(values[index]) for values in lists]  # timm's keep none
+
+
+def has_lost(group: Mapping[str, Any], template: Mapping[str, Any], ratio: float, *, declared: bool) -> bool:
+    """Whether a group's learning rate is no longer what it is to be beside its template's.
+
+    Args:
+        group: The group of a block.
+        template: What it is like.
+        ratio: What is promised, in (0, 1].
+        declared: Whether the group was there before the scheduler. That may have floors, but its peaks tell.
+    """
+    if ratio == 1 or group.get("lr") is None or template.get("lr") is None:
+        return False
+    if declared:
+        return any(key in group and float(group[key]) == float(template[key]) for key in ("max_lr", "initial_lr"))
+    return not math.isclose(float(group["lr"]), float(template["lr"]) * ratio, rel_tol=1e-3)
 
 
 # --- the rate of a joining group

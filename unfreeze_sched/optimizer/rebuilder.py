@@ -27,7 +27,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from torch.optim import Optimizer
 
-from unfreeze_sched._checks import as_count, as_ratio, listed, one_of
+from unfreeze_sched._checks import as_count, as_ratio, listed, one_of, warn
 from unfreeze_sched.model.block import Block, validate_blocks
 from unfreeze_sched.optimizer import admission, groups, rates
 from unfreeze_sched.optimizer.groups import BLOCK_KEY, SUBSET_KEY
@@ -153,6 +153,7 @@ class OptimizerRebuilder:
         self.subsets = [subsets_of(index, block, no_decay, keys) for index, block in enumerate(self.blocks)]
         admission.refuse_members(optimizer, self.blocks)
         self._admitted: set[Hashable] = set()
+        self._warned = False
         for subset in chain.from_iterable(self.subsets):
             with suppress(ValueError):  # what does not fit is refused when it joins, if it ever does
                 like = optimizer.param_groups[self._template_of(subset)]
@@ -213,6 +214,26 @@ class OptimizerRebuilder:
             tuple(chain.from_iterable(subset.names for subset, _ in joining)),
             tuple(chain.from_iterable(left.names for _, left in leaving)),
         )
+
+    def warn_of_lost_ratios(self) -> None:
+        """Warn once where a block's rate is not its share of the template's, though nobody here was told of a scheduler.
+
+        A scheduler that was passed keeps it.
+        """
+        if self._warned or (self.lr_schedulers and self.membership == "late"):
+            return
+        for subset in self._subsets(self._all()):
+            template, ratio = self.optimizer.param_groups[self._template_of(subset)], self._ratios[subset.block]
+            for group in self._groups_of(subset):
+                if group["params"] and rates.has_lost(group, template, ratio, declared=self.membership == "declared"):
+                    self._warned = True
+                    warn(
+                        f"`learning_rate_scale` should hold, {ratio:g} of the template's rate, got "
+                        f"{self.blocks[subset.block].name} at {float(group['lr']):g} beside {float(template['lr']):g}: "
+                        "a loop or scheduler gives all groups one rate; multiply by group['lr_scale'], or give the "
+                        "scheduler a list with one max_lr or base_lr for each group"
+                    )
+                    return
 
     def learning_rates(self) -> dict[str, float]:
         """The learning rate of each block's group now, by the block's name."""
@@ -292,7 +313,8 @@ class OptimizerRebuilder:
     def _clone(self, subset: Subset, template: dict[str, Any], ratio: float, rate: rates.RateMap) -> dict[str, Any]:
         """A group like the live template: `add_param_group` alone would fill in the constructor's defaults instead."""
         group = groups.group_like(self.optimizer, template)
-        for key in rates.scaled_keys(self.lr_schedulers or ()):
+        # A loop that sets the rates itself multiplies by `lr_scale`, as MAE's and BEiT's do.
+        for key in ("lr_scale",) if self.lr_schedulers is None else rates.scaled_keys(self.lr_schedulers):
             if key in group:
                 group[key] = group[key] * ratio
         if template.get("lr") is not None:
