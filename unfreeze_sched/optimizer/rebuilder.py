@@ -216,10 +216,7 @@ class OptimizerRebuilder:
         )
 
     def warn_of_lost_ratios(self) -> None:
-        """Warn once where a block's rate is not its share of the template's, though nobody here was told of a scheduler.
-
-        A scheduler that was passed keeps it.
-        """
+        """Warn once where a block's rate is not its share of the template's; schedulers that were passed keep it."""
         if self._warned or (self.lr_schedulers and self.membership == "late"):
             return
         for subset in self._subsets(self._all()):
