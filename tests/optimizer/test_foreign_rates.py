@@ -89,10 +89,12 @@ def test_the_way_out_where_the_loop_sets_the_rate() -> None:
 def test_a_tensor_rate() -> None:
     """It is compared by value, and a change in place is seen."""
     for meddles in (False, True):
-        _, optimizer, _, unfreezer = begun(torch.tensor(0.1))
+        _, optimizer, scheduler, unfreezer = begun(torch.tensor(0.1))
         if not meddles:
             assert unfreezer.apply(2)
             continue
+        if scheduler.get_last_lr()[0] is optimizer.param_groups[0]["lr"]:
+            pytest.skip("this torch's schedulers keep no copy of a tensor rate, so that it changes under them")
         by_hand_in_place(optimizer)
         with pytest.raises(ValueError, match=r"got a template at 0\.0125 where it last set 0\.025"):
             unfreezer.apply(2)

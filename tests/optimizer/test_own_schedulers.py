@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -73,6 +74,7 @@ def registered() -> Iterator[None]:
     rates._row_of.cache_clear()
 
 
+@pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step:UserWarning")  # older torch's own sequence
 @pytest.mark.parametrize("cls", [Named, Floored, InSequence])
 def test_a_subclass_that_computes_nothing_is_its_parent(cls: type) -> None:
     """Its groups join as under the parent, equal to the oracle."""
@@ -99,8 +101,11 @@ def test_a_registration_that_forgets_a_list_is_noticed(registered: None) -> None
     """The comparison above can fail: without its list the class has no rate for the new group."""
     rates.register(Halving)
     run, oracle = twins(RISING, torch.optim.AdamW, lambda optimizer: [Halving(optimizer)], scale=0.5)
-    with pytest.raises(ValueError, match="zip"):
-        train_in_lockstep(run, oracle, range(RISING.total_epochs))
+    try:
+        noticed = train_in_lockstep(run, oracle, range(RISING.total_epochs))
+    except ValueError as error:  # newer torch counts the rates that a scheduler computes
+        noticed = re.findall("zip", str(error))
+    assert noticed
 
 
 def test_a_subclass_that_overrides_is_not_guessed() -> None:
