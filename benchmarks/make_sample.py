@@ -26,7 +26,7 @@ import skimage.data
 from PIL import Image, ImageDraw, ImageEnhance, ImageFont, features
 
 ROOT = Path(__file__).resolve().parents[1]
-SAMPLE = ROOT / "unfreeze_sched" / "distill" / "sample" / "sample.zip"
+SAMPLE = ROOT / "unfreeze_sched" / "distill" / "command" / "sample" / "sample.zip"
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 STRIKE = 109  # the font's only bitmap size; glyphs come out at up to 136 x 128 pixels
 

@@ -258,7 +258,7 @@ def load_sample(
     if split not in ("train", "test"):
         raise DataError(f"`split` must be 'train' or 'test', got {split!r}; take 'train' and its .split() to validate")
     _check_size(image_size)
-    stored = (resources.files("unfreeze_sched.distill") / "sample" / "sample.zip").read_bytes()
+    stored = (resources.files("unfreeze_sched.distill.command") / "sample" / "sample.zip").read_bytes()
     with zipfile.ZipFile(io.BytesIO(stored)) as archive:
         files = [File(name, archive.read(name)) for name in archive.namelist() if name.startswith(f"{split}/")]
     half = len(files) // 2  # sorted: first the images, then the masks, in the same order
