@@ -1,6 +1,7 @@
 """What goes silently wrong otherwise: no gradient, another hand's tensors, half an accumulation, gradients not reduced."""
 
 import gc
+import re
 import warnings
 import weakref
 from collections.abc import Callable
@@ -289,3 +290,43 @@ def test_construction_in_the_middle_of_a_loop() -> None:
     net.blocks[2].requires_grad_(True)
     with warnings.catch_warnings():
         assert rebuilder.sync()
+
+
+# Modules that were replaced.
+
+
+def replace_layer(net: nn.Module) -> None:
+    net.blocks[1][0] = nn.Linear(4, 4)  # type: ignore[index,operator]
+
+
+def append_layer(net: nn.Module) -> None:
+    net.blocks[1].append(nn.Linear(4, 4))  # type: ignore[index,operator,union-attr]
+
+
+def remove_layer(net: nn.Module) -> None:
+    del net.blocks[1][1]  # type: ignore[index,operator,union-attr]
+
+
+@pytest.mark.parametrize(
+    ("change", "name"), [(replace_layer, "block1/0"), (append_layer, "block1/2"), (remove_layer, "block1/1")]
+)
+def test_a_replaced_module_is_named(change: Callable[[nn.Module], None], name: str) -> None:
+    """A layer that was assigned, added or taken away after the unfreezer was made is refused when its block joins."""
+    net, optimizer, unfreezer = make()
+    unfreezer.apply(1)
+    change(net)
+    with pytest.raises(RuntimeError, match=rf"got {re.escape(name)} replaced \(as by assigning a layer, convert_sync"):
+        unfreezer.apply(2)
+    assert len(optimizer.param_groups) == 2
+
+
+def test_converted_norms_are_noticed() -> None:
+    """`convert_sync_batchnorm` keeps the parameters, so only the modules tell."""
+    body = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    head = nn.Linear(4, 2)
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
+    rebuilder = OptimizerRebuilder(optimizer, [Block("body", (body,))])
+    assert nn.SyncBatchNorm.convert_sync_batchnorm(body) is body
+    with pytest.raises(RuntimeError, match="got body/1 replaced"):
+        rebuilder.sync()
+    assert len(optimizer.param_groups) == 1

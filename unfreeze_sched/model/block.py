@@ -85,6 +85,12 @@ class Block:
             if isinstance(member, nn.Module):
                 yield from member.modules()
 
+    def module_prefixes(self) -> Iterator[tuple[str, nn.Module]]:
+        """Each module of the block, behind what its children's qualified names begin with."""
+        for prefix, member in zip(self._prefixes(), self.members, strict=True):
+            if isinstance(member, nn.Module):
+                yield from ((prefix + name + "." * bool(name), module) for name, module in member.named_modules())
+
     def _prefixes(self) -> tuple[str, ...]:
         if self.member_names:
             return tuple(f"{name}." if name else "" for name in self.member_names)

@@ -241,6 +241,14 @@ def refuse_unfit(
         admitted.add(kind)
 
 
+def refuse_replaced(names: Sequence[str]) -> NoReturn:
+    """Refuse blocks in which other modules lie now: what is trained and held in evaluation would be the old ones."""
+    raise RuntimeError(
+        f"`blocks` must hold the modules that they were given with, got {listed(names)} replaced (as by assigning a "
+        "layer, convert_sync_batchnorm or quantization); make optimizer, blocks and unfreezer after that"
+    )
+
+
 def refuse_orphans(orphans: Sequence[str]) -> NoReturn:
     """Refuse blocks whose modules do not hold these parameters any more: the optimizer would train the old tensors."""
     raise RuntimeError(

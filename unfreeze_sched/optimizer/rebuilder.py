@@ -192,6 +192,8 @@ class OptimizerRebuilder:
             flipped: Indices of the blocks whose `requires_grad` has just changed; the next step is to find gradients
                 for what is trainable of them.
         """
+        if replaced := self.owners.replaced(indices):
+            admission.refuse_replaced(replaced)
         if orphans := self.owners.orphans(indices):
             admission.refuse_orphans(orphans)
         joining, leaving = self._diff(indices, reached)

@@ -49,11 +49,36 @@ class Owners:
         self._blocks = blocks
         self._named = named
         self._held = [_held(block) for block in blocks]
+        self._inside = [
+            [(module, dict(module._modules)) for module in block.modules() if module._modules]  # noqa: SLF001  # likewise
+            for block in blocks
+        ]
         self._firsts = [first for held in self._held if (first := _first(held))]
 
     def are_in_place(self) -> bool:
         """Whether each block still holds the first of its parameters: cheap, and what replaces one replaces all."""
         return all(parameters.get(key) is parameter for parameters, key, parameter in self._firsts)
+
+    def replaced(self, indices: Iterable[int]) -> list[str]:
+        """The names of modules that lie where others lay, in the first of these blocks with any.
+
+        Such as after `convert_sync_batchnorm`, which keeps the parameters, so that they tell nothing.
+
+        Args:
+            indices: 0-based indices of the blocks to look at.
+        """
+        for index in indices:
+            # Tables are compared in one go, since each transition asks it of all modules.
+            if all(module._modules == was for module, was in self._inside[index]):  # noqa: SLF001  # no public name
+                continue
+            prefixes = {module: prefix for prefix, module in self._blocks[index].module_prefixes()}
+            return [
+                prefixes.get(module, "") + key
+                for module, was in self._inside[index]
+                for key in {**was, **module._modules}  # noqa: SLF001  # likewise
+                if was.get(key) is not module._modules.get(key)  # noqa: SLF001  # likewise
+            ]
+        return []
 
     def orphans(self, indices: Iterable[int]) -> list[str]:
         """The names of parameters that the first of these blocks with any does not hold any more.
@@ -62,8 +87,7 @@ class Owners:
             indices: 0-based indices of the blocks to look at.
         """
         for index in indices:
-            # Without a loop in Python over parameters, since each transition asks it of all modules.
-            if all(len(own) == len(was) and all(map(is_, own.values(), was)) for own, was in self._held[index]):
+            if all(_is_untouched(*held) for held in self._held[index]):
                 continue
             # A parametrization keeps the parameter in another module.
             inside = set(map(id, self._blocks[index].parameters()))
@@ -76,6 +100,11 @@ class Owners:
 def _held(block: Block) -> list[_Held]:
     held = (module._parameters for module in block.modules())  # noqa: SLF001  # without its children's
     return [(parameters, tuple(parameters.values())) for parameters in held if parameters]
+
+
+def _is_untouched(parameters: Mapping[str, Any], values: tuple[nn.Parameter | None, ...]) -> bool:
+    """Whether a module holds what it held; without a loop in Python, like the other look at all modules."""
+    return len(parameters) == len(values) and all(map(is_, parameters.values(), values))
 
 
 def _first(held: Iterable[_Held]) -> tuple[Mapping[str, Any], str, nn.Parameter] | None:
