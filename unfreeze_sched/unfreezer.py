@@ -267,15 +267,13 @@ class ProgressiveUnfreezer:
             # What the caps held back in the past, the schedule cannot tell.
             number = min(scheduled, *(cap.cap for cap in self.caps if cap.cap is not None), len(self.blocks))
             reached = max(number, self._applied[1] if self._applied else 0)
-        change = UNCHANGED
-        if (number, reached) != self._applied or not self._is_as_left():
-            self.rebuilder.warn_of_lost_ratios()
-            change = self._bring_to(number, reached)
-        elif self._has_changed:  # by the last call, which the loop has trained with since
+        is_as_left = (number, reached) == self._applied and self._is_as_left()
+        if is_as_left and not self._has_changed and not self.caps:
+            return UNCHANGED
+        if self._has_changed:  # the loop has trained with that since
             self._has_changed = False
             self.rebuilder.warn_of_lost_ratios()
-        elif not self.caps:
-            return UNCHANGED
+        change = UNCHANGED if is_as_left else self._bring_to(number, reached)
         for cap in self.caps:
             cap.follow(number, len(self.blocks))
         self._record(int(epoch), number, scheduled)

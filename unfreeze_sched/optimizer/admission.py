@@ -6,7 +6,6 @@ and do nothing where all is well; those that never return are called by who has 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -241,21 +240,23 @@ def refuse_unfit(
         admitted.add(kind)
 
 
-def refuse_replaced(names: Sequence[str]) -> NoReturn:
+def refuse_replaced(names: Sequence[str]) -> None:
     """Refuse blocks in which other modules lie now: what is trained and held in evaluation would be the old ones."""
-    raise RuntimeError(
-        f"`blocks` must hold the modules that they were given with, got {listed(names)} replaced (as by assigning a "
-        "layer, convert_sync_batchnorm or quantization); make optimizer, blocks and unfreezer after that"
-    )
+    if names:
+        raise RuntimeError(
+            f"`blocks` must hold the modules that they were given with, got {listed(names)} replaced (as by assigning "
+            "a layer, convert_sync_batchnorm or quantization); make optimizer, blocks and unfreezer after that"
+        )
 
 
-def refuse_orphans(orphans: Sequence[str]) -> NoReturn:
+def refuse_orphans(orphans: Sequence[str]) -> None:
     """Refuse blocks whose modules do not hold these parameters any more: the optimizer would train the old tensors."""
-    raise RuntimeError(
-        f"`blocks` must hold the parameters that they were given with, got {listed(orphans)} in none of "
-        "its modules any more (replaced, as by load_state_dict(assign=True), to_empty, weight_norm or "
-        "fully_shard); make optimizer and unfreezer after that"
-    )
+    if orphans:
+        raise RuntimeError(
+            f"`blocks` must hold the parameters that they were given with, got {listed(orphans)} in none of "
+            "its modules any more (replaced, as by load_state_dict(assign=True), to_empty, weight_norm or "
+            "fully_shard); make optimizer and unfreezer after that"
+        )
 
 
 # --- schedulers
@@ -302,26 +303,18 @@ def _is_driven(optimizer: Optimizer) -> bool:
     )
 
 
-def refuse_foreign_rate(group: Mapping[str, Any], reports: Sequence[float]) -> None:
+def refuse_foreign_rate(found: float, reported: Sequence[float]) -> NoReturn:
     """Refuse a template whose learning rate is not what the LR schedulers set: another hand is at it.
 
     The rows that the schedulers would get for a joining group are right for rates of their own alone.
-
-    Args:
-        group: The template.
-        reports: What each scheduler says to have set last; the last one to step is right.
     """
-    if reports and group.get("lr") is not None:
-        rate = float(group["lr"])
-        if not any(math.isclose(rate, report, rel_tol=1e-6) for report in reports):
-            raise ValueError(
-                f"`lr_schedulers` must be what sets the learning rate, got a template at {rate:g} where "
-                f"{'they' if len(reports) > 1 else 'it'} last set {', '.join(f'{report:g}' for report in reports)}: "
-                "another scheduler took over, a wrapper dampens the rate, it was set by hand, or at a resume the "
-                "scheduler was loaded before the unfreezer (load unfreezer, scheduler, optimizer in this order); "
-                "assign the schedulers in use to `unfreezer.rebuilder.lr_schedulers`, or None where the loop sets each "
-                "group's rate"
-            )
+    raise ValueError(
+        f"`lr_schedulers` must be what sets the learning rate, got a template at {found:g} where "
+        f"{'they' if len(reported) > 1 else 'it'} last set {', '.join(f'{rate:g}' for rate in reported)}: another "
+        "scheduler took over, a wrapper dampens the rate, it was set by hand, or at a resume the scheduler was loaded "
+        "before the unfreezer (load unfreezer, scheduler, optimizer in this order); assign the schedulers in use to "
+        "`unfreezer.rebuilder.lr_schedulers`, or None where the loop sets each group's rate"
+    )
 
 
 def refuse_floor(scheduler: Any, floor: float, ratio: float) -> NoReturn:

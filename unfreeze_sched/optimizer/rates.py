@@ -168,17 +168,6 @@ def _path(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def reported(schedulers: Sequence[Any], index: int) -> list[float]:
-    """The learning rates of a group that the schedulers say to have set last; none where one of them does not say.
-
-    Args:
-        schedulers: Those of the optimizer, all known.
-        index: 0-based place of the group.
-    """
-    lists: list[Any] = [getattr(unwrapped(scheduler), "_last_lr", None) for scheduler in schedulers]
-    return [] if None in lists else [float(values[index]) for values in lists]  # timm's keep none
-
-
 def has_lost(group: Mapping[str, Any], template: Mapping[str, Any], ratio: float, *, declared: bool) -> bool:
     """Whether a group's learning rate is no longer what it is to be beside its template's.
 
@@ -205,7 +194,16 @@ class Floored(NamedTuple):
     floor: float
 
 
-def joining_rate(schedulers: Sequence[Any], template: dict[str, Any], index: int, ratio: float) -> RateMap | Floored:
+class Foreign(NamedTuple):
+    """What stands against it, too: a rate that none of the schedulers says to have set last."""
+
+    found: float
+    reported: list[float]
+
+
+def joining_rate(
+    schedulers: Sequence[Any], template: dict[str, Any], index: int, ratio: float
+) -> RateMap | Floored | Foreign:
     """The map from the template's present learning rate to the joining group's, or why there is none.
 
     Where no floor took part, the rates are homogeneous and the map is the ratio. Else it has to follow a scheduler's
@@ -218,9 +216,14 @@ def joining_rate(schedulers: Sequence[Any], template: dict[str, Any], index: int
         index: Its 0-based place among the optimizer's groups.
         ratio: Learning rate of the joining group over that of the template, in (0, 1].
     """
+    schedulers = [unwrapped(scheduler) for scheduler in schedulers]
+    reports: list[Any] = [getattr(scheduler, "_last_lr", None) for scheduler in schedulers]  # timm's keep none
+    if reports and None not in reports and template.get("lr") is not None:
+        found, reported = float(template["lr"]), [float(report[index]) for report in reports]
+        if not any(math.isclose(found, report, rel_tol=1e-6) for report in reported):
+            return Foreign(found, reported)
     if ratio == 1:
         return _copied
-    schedulers = [unwrapped(scheduler) for scheduler in schedulers]
     all_leaves = [leaf for scheduler in schedulers for leaf in leaves(scheduler)]
     if all(_stands_at_first(leaf, template, index, ratio) for leaf in all_leaves):
         # timm's warm-up starts every group from one and the same rate.

@@ -192,10 +192,10 @@ class OptimizerRebuilder:
             flipped: Indices of the blocks whose `requires_grad` has just changed; the next step is to find gradients
                 for what is trainable of them.
         """
-        if replaced := self.owners.replaced(indices):
-            admission.refuse_replaced(replaced)
-        if orphans := self.owners.orphans(indices):
-            admission.refuse_orphans(orphans)
+        if not self.owners.are_whole(indices):
+            for index in indices:
+                admission.refuse_replaced(self.owners.replaced(index))
+                admission.refuse_orphans(self.owners.orphans(index))
         joining, leaving = self._diff(indices, reached)
         changed = {*flipped, *(subset.block for subset, _ in joining)}
         if not changed and not leaving:
@@ -208,13 +208,14 @@ class OptimizerRebuilder:
         self._carry_out(joins)
         if self._warmup:
             self._warmup.begin(join.group for join in joins if join.group["params"])
-        for group, left in leaving:
-            groups.leave(self.optimizer, group, left.parameters)
+        for left in leaving:
+            for group in self._groups_of(left):
+                groups.leave(self.optimizer, group, left.parameters)
         for subset in self._subsets(changed):
             self.first_step.watch(subset.named)
         return GroupChange(
             tuple(chain.from_iterable(subset.names for subset, _ in joining)),
-            tuple(chain.from_iterable(left.names for _, left in leaving)),
+            tuple(chain.from_iterable(left.names for left in leaving)),
         )
 
     def warn_of_lost_ratios(self) -> None:
@@ -251,10 +252,10 @@ class OptimizerRebuilder:
 
     def _diff(
         self, indices: Sequence[int], reached: int
-    ) -> tuple[list[tuple[Subset, dict[str, Any] | None]], list[tuple[dict[str, Any], Subset]]]:
-        """What joins, each with the empty group that waits for it, and what leaves which group: the table above."""
+    ) -> tuple[list[tuple[Subset, dict[str, Any] | None]], list[Subset]]:
+        """What joins, each with the empty group that waits for it, and what leaves: the table above."""
         joining: list[tuple[Subset, dict[str, Any] | None]] = []
-        leaving: list[tuple[dict[str, Any], Subset]] = []
+        leaving: list[Subset] = []
         keep = self.on_refreeze == "keep"
         for subset in self._subsets(indices):
             own = self._groups_of(subset)
@@ -271,11 +272,9 @@ class OptimizerRebuilder:
             if joins.named or (was_reached and not own):
                 joining.append((joins, next((group for group in own if not group["params"]), None)))
             if inside and not keep:
-                for group in own:
-                    held = set(map(id, group["params"]))
-                    left = subset.only((n, p) for n, p in subset.named if not p.requires_grad and id(p) in held)
-                    if left.named:
-                        leaving.append((group, left))
+                left = subset.only((n, p) for n, p in subset.named if not p.requires_grad and id(p) in inside)
+                if left.named:
+                    leaving.append(left)
         return joining, leaving
 
     def _groups_of(self, subset: Subset) -> list[dict[str, Any]]:
@@ -294,9 +293,9 @@ class OptimizerRebuilder:
         admission.refuse_unfit(self.optimizer, template, subset.samples, self._admitted)
         if empty is not None:
             return _Join(subset, index, empty, None)
-        schedulers = self.lr_schedulers or ()
-        admission.refuse_foreign_rate(template, rates.reported(schedulers, index))
-        rate = rates.joining_rate(schedulers, template, index, ratio)
+        rate = rates.joining_rate(self.lr_schedulers or (), template, index, ratio)
+        if isinstance(rate, rates.Foreign):
+            admission.refuse_foreign_rate(rate.found, rate.reported)
         if isinstance(rate, rates.Floored):
             admission.refuse_floor(rate.scheduler, rate.floor, ratio)
         return _Join(subset, index, self._clone(subset, template, ratio, rate), rate)

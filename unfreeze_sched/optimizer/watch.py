@@ -41,7 +41,7 @@ class Owners:
         >>> layer = nn.Linear(2, 2)
         >>> owners = Owners([Block("first", (layer,))], [list(layer.named_parameters())])
         >>> layer.weight = nn.Parameter(layer.weight.detach().clone())
-        >>> owners.are_in_place(), owners.orphans([0])
+        >>> owners.are_in_place(), owners.orphans(0)
         (False, ['weight'])
     """
 
@@ -59,52 +59,39 @@ class Owners:
         """Whether each block still holds the first of its parameters: cheap, and what replaces one replaces all."""
         return all(parameters.get(key) is parameter for parameters, key, parameter in self._firsts)
 
-    def replaced(self, indices: Iterable[int]) -> list[str]:
-        """The names of modules that lie where others lay, in the first of these blocks with any.
+    def are_whole(self, indices: Iterable[int]) -> bool:
+        """Whether these blocks' modules hold the modules and parameters that they held.
 
-        Such as after `convert_sync_batchnorm`, which keeps the parameters, so that they tell nothing.
-
-        Args:
-            indices: 0-based indices of the blocks to look at.
-        """
-        for index in indices:
-            # Tables are compared in one go, since each transition asks it of all modules.
-            if all(module._modules == was for module, was in self._inside[index]):  # noqa: SLF001  # no public name
-                continue
-            prefixes = {module: prefix for prefix, module in self._blocks[index].module_prefixes()}
-            return [
-                prefixes.get(module, "") + key
-                for module, was in self._inside[index]
-                for key in {**was, **module._modules}  # noqa: SLF001  # likewise
-                if was.get(key) is not module._modules.get(key)  # noqa: SLF001  # likewise
-            ]
-        return []
-
-    def orphans(self, indices: Iterable[int]) -> list[str]:
-        """The names of parameters that the first of these blocks with any does not hold any more.
+        Tables are compared in one go each, without a loop in Python, since each transition asks it of all modules.
 
         Args:
             indices: 0-based indices of the blocks to look at.
         """
-        for index in indices:
-            if all(_is_untouched(*held) for held in self._held[index]):
-                continue
-            # A parametrization keeps the parameter in another module.
-            inside = set(map(id, self._blocks[index].parameters()))
-            orphans = [name for name, parameter in self._named[index] if id(parameter) not in inside]
-            if orphans:
-                return orphans
-        return []
+        return all(
+            all(module._modules == was for module, was in self._inside[index])  # noqa: SLF001  # no public name
+            and all(len(own) == len(was) and all(map(is_, own.values(), was)) for own, was in self._held[index])
+            for index in indices
+        )
+
+    def replaced(self, index: int) -> list[str]:
+        """The names of modules that lie where others lay, as after `convert_sync_batchnorm`, which keeps parameters."""
+        prefixes = {module: prefix for prefix, module in self._blocks[index].module_prefixes()}
+        return [
+            prefixes.get(module, "") + key
+            for module, was in self._inside[index]
+            for key in {**was, **module._modules}  # noqa: SLF001  # likewise
+            if was.get(key) is not module._modules.get(key)  # noqa: SLF001  # likewise
+        ]
+
+    def orphans(self, index: int) -> list[str]:
+        """The names of parameters that the block holds no more; a parametrization keeps its in another module."""
+        inside = set(map(id, self._blocks[index].parameters()))
+        return [name for name, parameter in self._named[index] if id(parameter) not in inside]
 
 
 def _held(block: Block) -> list[_Held]:
     held = (module._parameters for module in block.modules())  # noqa: SLF001  # without its children's
     return [(parameters, tuple(parameters.values())) for parameters in held if parameters]
-
-
-def _is_untouched(parameters: Mapping[str, Any], values: tuple[nn.Parameter | None, ...]) -> bool:
-    """Whether a module holds what it held; without a loop in Python, like the other look at all modules."""
-    return len(parameters) == len(values) and all(map(is_, parameters.values(), values))
 
 
 def _first(held: Iterable[_Held]) -> tuple[Mapping[str, Any], str, nn.Parameter] | None:
