@@ -167,7 +167,7 @@ class DistillationLoss(nn.Module):
                 f"`masks` must hold classes 0 to {max(classes, 2) - 1} or {self.ignore_index} for {classes} "
                 f"{'channel' if classes == 1 else 'channels'}, got {wrong}; check `classes` and how masks are read"
             )
-        return labels
+        return labels.contiguous()  # smp 0.4 takes a view of them
 
 
 def _number(value: object) -> float:

@@ -8,6 +8,7 @@ generators stay equal, and a checkpoint fits any number of ranks.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -63,10 +64,11 @@ def wrap(module: nn.Module, ranks: Ranks, device: torch.device) -> nn.Module:
     """The module, in DDP where there are several ranks; made anew after a transition by `rewrap_ddp`."""
     if ranks.world == 1:
         return module
+    # Before torch 2.13 the argument had another name.
+    newer = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
     # Buffers are equal on all ranks already: they follow joint statistics.
-    return DistributedDataParallel(
-        module, device_ids=None if device.type == "cpu" else [device], forward_sync_buffers=False
-    )
+    keywords: dict[str, Any] = {"forward_sync_buffers" if newer else "broadcast_buffers": False}
+    return DistributedDataParallel(module, device_ids=None if device.type == "cpu" else [device], **keywords)
 
 
 def joint_forward(
