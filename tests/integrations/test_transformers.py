@@ -398,7 +398,7 @@ def test_caps_follow_the_monitored_metric(tmp_path: Path) -> None:
         (
             lambda: UnfreezeTrainerCallback(PRESET, template_=1),
             TypeError,
-            "`template_` must be a keyword of ProgressiveUnfreezer (",
+            "unexpected keyword argument 'template_'",
         ),
     ],
 )
