@@ -184,9 +184,7 @@ def test_a_wrapped_unknown_scheduler_is_refused() -> None:
         def get_lr(self) -> list[float]:
             return super().get_lr()
 
-    with pytest.raises(
-        TypeError, match=r"`lr_schedulers` must be of known classes, got .*Own; say what it keeps"
-    ):
+    with pytest.raises(TypeError, match=r"`lr_schedulers` must be of known classes, got .*Own; say what it keeps"):
         Accelerated(twins()[0], lambda optimizer: Own(optimizer, 0.9))
 
 
