@@ -14,8 +14,9 @@ from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 
 from unfreeze_sched.model.block import ADAPTERS, Block, is_peft, validate_blocks
-from unfreeze_sched.model.division import Members, divided, join
-from unfreeze_sched.model.tracing import unwrap, walk
+from unfreeze_sched.model.division import Members, divided, without_fixed
+from unfreeze_sched.model.head import stated_head
+from unfreeze_sched.model.tracing import join, unwrap, walk
 
 
 def encoder_blocks(
@@ -72,7 +73,10 @@ def encoder_blocks(
             f"structure would unfreeze the base weights that PEFT froze; {ADAPTERS}"
         )
     if patterns is None:
-        return validate_blocks(divided(unwrap(model), example_input))
+        stated = None if head is None else stated_head(model, names, head)
+        return validate_blocks(divided(unwrap(model), stated, example_input))
+    if head is not None:
+        raise ValueError("`head` must be left out where patterns are given, got both; what no pattern matches is head")
     if example_input is not None:
         raise ValueError(
             "`example_input` must be left out where patterns are given, got both; patterns need no forward pass"
@@ -110,7 +114,7 @@ def _by_patterns(model: nn.Module, names: Mapping[nn.Parameter, str], patterns: 
                     f"{compiled[owner[parameter]].pattern!r} and {pattern.pattern!r}; make one of them narrower"
                 )
             owner[parameter] = index
-    members = Members(owner)
+    members = Members(without_fixed(unwrap(model), owner))
     members.visit("", unwrap(model))
     prefixes = [_common_module([names[p] for p in owner if owner[p] == index]) for index in range(len(compiled))]
     distinct = all(prefixes) and len(set(prefixes)) == len(prefixes)
