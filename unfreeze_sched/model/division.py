@@ -19,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from unfreeze_sched.model.block import Block, is_peft
 from unfreeze_sched.model.head import Encoder, known_encoder
-from unfreeze_sched.model.tracing import Trace, TraceError, children, join, trace
+from unfreeze_sched.model.tracing import Trace, TraceError, children, join, trace, walk
 
 log = logging.getLogger("unfreeze_sched")
 
@@ -62,7 +62,9 @@ def divided(model: nn.Module, head: frozenset[nn.Parameter] | None, example_inpu
     owner |= {parameter: index for index, stage in enumerate(stages) for parameter in stage.own}
     owner = without_fixed(model, owner)
     members = Members(owner, {module: places.of_run(run) for module, run in traced.runs.items()})
-    members.visit("", model)
+    scope = encoder.scope(traced)
+    members.visit(next(name for name, module in walk(model) if module is scope), scope)
+    members.visit("", model, stateless=False)  # what feeds the encoder from outside
     return tuple(members.block(index, _label(stage.name, encoder)) for index, stage in enumerate(stages))
 
 
@@ -252,12 +254,13 @@ class Members:
         # The block of what was registered last. Where the model ran there is always one; patterns may leave gaps.
         self._current: int | None = None if at_run is None else 0
 
-    def visit(self, name: str, module: nn.Module) -> None:
-        """Place a module of this qualified name, and what is in it."""
-        if module in self._seen:
+    def visit(self, name: str, module: nn.Module, *, stateless: bool = True) -> None:
+        """Place a module of this qualified name, and what is in it; `stateless`: modules without parameters, too."""
+        own = set(module.parameters())
+        if module in self._seen or (own and own <= self._seen) or not (own or stateless):
             return
         self._seen.add(module)
-        owners = {self._owner.get(parameter) for parameter in module.parameters()}
+        owners = {self._owner.get(parameter) for parameter in own}
         ran = self._at_run or {}
         if not owners and module in ran:
             self._add(ran[module], name, module)
@@ -267,7 +270,7 @@ class Members:
             (index,) = owners
             self._note(index)
             self._add(index, name, module)
-            self._seen.update(module.parameters())
+            self._seen.update(own)
         else:  # divided, or a container that never runs itself, whose parts may lie in different blocks
             for key, parameter in module.named_parameters(recurse=False):
                 if parameter not in self._seen:
@@ -275,7 +278,7 @@ class Members:
                     self._note(self._owner.get(parameter))
                     self._add(self._owner.get(parameter), join(name, key), parameter)
             for key, child in children(module):
-                self.visit(join(name, key), child)
+                self.visit(join(name, key), child, stateless=stateless)
 
     def _note(self, index: int | None) -> None:
         if index is not None or self._at_run is None:

@@ -12,7 +12,6 @@ from torch.optim import Optimizer
 from unfreeze_sched.model.tracing import Trace, children, join, unwrap
 
 _CLASSIFIERS = ("fc", "classifier", "head", "heads")  # torchvision's names
-_NAMES = ("backbone", "encoder")  # a child of this name, beside other parts, is the encoder
 _SHOWN = 3  # children in the question for the head
 
 
@@ -24,24 +23,29 @@ class Encoder:
         name: Qualified name of the module that holds it; '' for the model.
         top: That module. What is outside of it is head, except for what feeds it.
         head: Parameters inside of it that are head.
-        around: The module above it and its name, where it is the base model of transformers.
+        around: The module above it, where that calls it its base model.
     """
 
     name: str
     top: nn.Module
     head: frozenset[nn.Parameter] = frozenset()
-    around: tuple[str, nn.Module] | None = None
+    around: nn.Module | None = None
+
+    def scope(self, traced: Trace) -> nn.Module:
+        """The module that is all encoder: the one around `top` where that is a middle part, with embeddings before it."""
+        if self.around is None or _root(self.around) != "transformers":
+            return self.top
+        inside = set(self.top.parameters())
+        feeding = traced.feeding(traced.uses[p] for p in inside if p in traced.uses)
+        middle = any(traced.uses.get(p) in feeding for p in self.around.parameters() if p not in inside)
+        return self.around if middle else self.top
 
     def head_of(self, model: nn.Module, traced: Trace) -> set[nn.Parameter]:
         """The parameters of the whole model that the forward pass uses and that are in no block."""
-        inside = set(self.top.parameters())
+        inside = set(self.scope(traced).parameters())
         feeding = traced.feeding(traced.uses[p] for p in inside if p in traced.uses)
-        head = {p for p in model.parameters() if p not in inside and traced.uses.get(p) not in feeding}
-        if self.around is not None and _root(self.around[1]) == "transformers":
-            _, around = self.around
-            if any(traced.uses.get(p) in feeding for p in around.parameters() if p not in inside):
-                head -= set(around.parameters())  # it is a middle part of a base model, with embeddings before it
-        return {p for p in head | self.head if p in traced.uses}
+        outside = {p for p in model.parameters() if p not in inside and traced.uses.get(p) not in feeding}
+        return {p for p in outside | self.head if p in traced.uses}
 
 
 def stated_head(model: nn.Module, names: Mapping[nn.Parameter, str], head: Any) -> frozenset[nn.Parameter]:
@@ -98,16 +102,16 @@ def known_encoder(model: nn.Module) -> Encoder:
     while True:
         inside = {key: child for key, child in children(node) if any(True for _ in child.parameters())}
         base = getattr(node, "base_model_prefix", None)  # transformers: the model below a head
-        head = None if base in inside else _library_head(node, inside)
+        head = None if base in inside else _library_head(node, inside, is_base=encoder.around is not None)
         if head is not None:
             return Encoder(encoder.name, encoder.top, frozenset(head), encoder.around)
-        key = base if base in inside else next((key for key in _NAMES if key in inside), None)
+        key = base if base in inside else _encoder_key(inside, base)
         if key is not None and len(inside) > 1:
-            name, around = join(name, key), (name, node) if key == base else None
-            node = inside[key]
-            encoder = Encoder(name, node, around=around)
+            name = join(name, key)
+            encoder = Encoder(name, inside[key], around=node if key == base else None)
             if key != base:
                 return _below_pyramid(encoder)
+            node = inside[key]
         elif len(inside) == 1 and not any(True for _ in node.parameters(recurse=False)):
             ((key, child),) = inside.items()  # a plain wrapper
             name, node = join(name, key), child
@@ -115,6 +119,13 @@ def known_encoder(model: nn.Module) -> Encoder:
             return encoder
         else:
             raise ValueError(_question(node, name, inside))
+
+
+def _encoder_key(inside: Mapping[str, nn.Module], base: str | None) -> str | None:
+    """The child that its name says is the encoder; in transformers, `encoder` without a decoder is a middle part."""
+    if "backbone" in inside:
+        return "backbone"
+    return "encoder" if "encoder" in inside and (base is None or "decoder" in inside) else None
 
 
 def _below_pyramid(encoder: Encoder) -> Encoder:
@@ -129,7 +140,7 @@ def _root(module: nn.Module) -> str:
     return type(module).__module__.split(".")[0]
 
 
-def _library_head(node: nn.Module, inside: Mapping[str, nn.Module]) -> set[nn.Parameter] | None:
+def _library_head(node: nn.Module, inside: Mapping[str, nn.Module], *, is_base: bool) -> set[nn.Parameter] | None:
     """The head inside of a library's model; `None` where no library says what it is."""
     root, path = _root(node), type(node).__module__
     if callable(getattr(node, "get_classifier", None)) or root == "timm":
@@ -143,8 +154,8 @@ def _library_head(node: nn.Module, inside: Mapping[str, nn.Module]) -> set[nn.Pa
         return set() if path.startswith(("torchvision.models._utils", "torchvision.models.feature")) else None
     if root == "transformers" and isinstance(getattr(node, "base_model_prefix", None), str):
         modalities = getattr(node, "input_modalities", "")
-        several = not isinstance(modalities, str) and len(modalities) > 1
-        whole = "For" not in type(node).__name__ and not several and not {"backbone", "decoder"} & inside.keys()
+        towers = not is_base and not isinstance(modalities, str) and len(modalities) > 1
+        whole = "For" not in type(node).__name__ and not towers and not {"backbone", "decoder"} & inside.keys()
         return set() if whole else None
     return None
 
