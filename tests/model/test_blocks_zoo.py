@@ -200,8 +200,11 @@ TIMM = {
 }
 TORCHVISION = {
     "resnet18": (4, "fc."),
-    "mobilenet_v3_small": (11, "classifier."),
-    "convnext_tiny": (4, "classifier."),
+    "mobilenet_v3_small": (11, "classifier.3."),
+    "vgg11": (8, "classifier.6."),
+    "alexnet": (5, "classifier.6."),
+    "vit_b_32": (12, "heads."),
+    "convnext_tiny": (4, "classifier.2."),
     "squeezenet1_1": (8, "classifier."),
     "efficientnet_b0": (7, "classifier."),
     "shufflenet_v2_x0_5": (3, "fc."),

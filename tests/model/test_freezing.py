@@ -74,7 +74,7 @@ def test_a_frozen_block_does_not_move(net: nn.Sequential, make: object) -> None:
 def test_the_check_can_fail(net: nn.Sequential) -> None:
     """With the norms left alone the running statistics drift, as the test above would notice."""
     optimizer = torch.optim.AdamW(net.parameters())
-    set_requires_grad(block_of(net).parameters(), requires_grad=False)
+    set_requires_grad(block_of(net).parameters(), requires_grad=False, flipped=[])
     before = statistics(net[0])
     train_steps(net, optimizer)
     assert not same(before, statistics(net[0]))

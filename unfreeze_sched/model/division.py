@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -19,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from unfreeze_sched.model.block import Block, is_peft
 from unfreeze_sched.model.head import Encoder, known_encoder
-from unfreeze_sched.model.tracing import Trace, TraceError, children, join, trace, walk
+from unfreeze_sched.model.tracing import Trace, TraceError, children, join, trace
 
 log = logging.getLogger("unfreeze_sched")
 
@@ -53,18 +53,21 @@ def divided(model: nn.Module, head: frozenset[nn.Parameter] | None, example_inpu
     outside = encoder.head_of(model, traced)
     uses = {parameter: use for parameter, use in traced.uses.items() if parameter not in outside}
     if not uses:
-        what, fix = ("model", "name the blocks with patterns=") if head is None else ("head", "leave the encoder out of it")
-        raise ValueError(f"`{what}` must leave an encoder below the head, got {type(model).__name__} without one; {fix}")
+        what, fix = (
+            ("model", "name the blocks with patterns=") if head is None else ("head", "leave the encoder out of it")
+        )
+        raise ValueError(
+            f"`{what}` must leave an encoder below the head, got {type(model).__name__} without one; {fix}"
+        )
     found = _find_stages(encoder.name, encoder.top, uses)
     stages = _in_order(_as_stages(found, uses) or _as_stages(found, uses, least_dim=0), uses, traced)
     places = _Places(stages, uses, traced, {traced.uses[p] for p in outside})
     owner = {parameter: places.of(use) for parameter, use in uses.items()}
     owner |= {parameter: index for index, stage in enumerate(stages) for parameter in stage.own}
     owner = without_fixed(model, owner)
-    members = Members(owner, {module: places.of_run(run) for module, run in traced.runs.items()})
-    scope = encoder.scope(traced)
-    members.visit(next(name for name, module in walk(model) if module is scope), scope)
-    members.visit("", model, stateless=False)  # what feeds the encoder from outside
+    at_run = {module: places.of_run(run) for module, run in traced.runs.items()}
+    members = Members(owner, at_run, set(encoder.scope(traced).modules()))
+    members.visit("", model)
     return tuple(members.block(index, _label(stage.name, encoder)) for index, stage in enumerate(stages))
 
 
@@ -164,8 +167,8 @@ def _find_stages(path: str, top: nn.Module, uses: Mapping[nn.Parameter, int]) ->
         name, node = dominant[0]
     parts = [(join(path, key), child) for key, child in _used_children(top, uses)]
     large = [item for item in parts if len(_used(item[1], uses)) > _TOWER * total]
-    towers = [_find_stages(*item, uses) for item in large]
-    if any(len(tower) > 1 for tower in towers):
+    towers = [tower for item in large if len(_as_stages(tower := _find_stages(*item, uses), uses)) > 1]
+    if towers:
         return [item for tower in towers for item in tower]
     return parts if _as_stages(parts, uses) else [(path, top)]
 
@@ -240,24 +243,28 @@ class Members:
         at_run: The index of the block during which each module first ran, `None` for the head. It places the modules
             without parameters; those that did not run go with what is registered before them. `None` where nothing
             was run.
+        scope: The modules without parameters that are placed at all; `None` for all.
     """
 
     def __init__(
         self,
         owner: Mapping[nn.Parameter, int],
         at_run: Mapping[nn.Module, int | None] | None = None,
+        scope: Collection[nn.Module] | None = None,
     ) -> None:
         self.of_block: dict[int, list[tuple[str, nn.Module | nn.Parameter]]] = defaultdict(list)
         self._owner = owner
         self._seen: set[nn.Module | nn.Parameter] = set()
         self._at_run = at_run
+        self._scope = scope
         # The block of what was registered last. Where the model ran there is always one; patterns may leave gaps.
         self._current: int | None = None if at_run is None else 0
 
-    def visit(self, name: str, module: nn.Module, *, stateless: bool = True) -> None:
-        """Place a module of this qualified name, and what is in it; `stateless`: modules without parameters, too."""
+    def visit(self, name: str, module: nn.Module) -> None:
+        """Place a module of this qualified name, and what is in it."""
         own = set(module.parameters())
-        if module in self._seen or (own and own <= self._seen) or not (own or stateless):
+        placed = own <= self._seen if own else self._scope is not None and module not in self._scope
+        if placed or module in self._seen:
             return
         self._seen.add(module)
         owners = {self._owner.get(parameter) for parameter in own}
@@ -278,7 +285,7 @@ class Members:
                     self._note(self._owner.get(parameter))
                     self._add(self._owner.get(parameter), join(name, key), parameter)
             for key, child in children(module):
-                self.visit(join(name, key), child, stateless=stateless)
+                self.visit(join(name, key), child)
 
     def _note(self, index: int | None) -> None:
         if index is not None or self._at_run is None:

@@ -32,7 +32,7 @@ class Encoder:
     around: nn.Module | None = None
 
     def scope(self, traced: Trace) -> nn.Module:
-        """The module that is all encoder: the one around `top` where that is a middle part, with embeddings before it."""
+        """The module that is all encoder: `around` where `top` is a middle part of it, with embeddings before it."""
         if self.around is None or _root(self.around) != "transformers":
             return self.top
         inside = set(self.top.parameters())
@@ -81,7 +81,9 @@ def stated_head(model: nn.Module, names: Mapping[nn.Parameter, str], head: Any) 
         kind = type(part).__name__ if isinstance(part, nn.Module) else f"parameter of shape {tuple(part.shape)}"
         strange = [key for key, parameter in own.items() if parameter not in names]
         if strange or (not own and unwrap(part) not in modules and part not in modules):  # type: ignore[arg-type]
-            what = f"{kind} whose {strange[0]!r} is not in it" if strange and strange[0] else f"{kind} that is not in it"
+            what = (
+                f"{kind} whose {strange[0]!r} is not in it" if strange and strange[0] else f"{kind} that is not in it"
+            )
             raise ValueError(f"`head` must hold parts of the model, got a {what}; {_FIX}")
         if not own:
             raise ValueError(f"`head` must hold parameters, got a {kind} without any; leave it out of the list")
@@ -129,7 +131,7 @@ def _encoder_key(inside: Mapping[str, nn.Module], base: str | None) -> str | Non
 
 
 def _below_pyramid(encoder: Encoder) -> Encoder:
-    """torchvision's detection backbones hold a `body` and the pyramid above it, which is none of the encoder."""
+    """The detection backbones of torchvision hold a `body` and the pyramid above it, which is none of the encoder."""
     inside = dict(children(encoder.top))
     if "body" in inside and "fpn" in inside:
         return Encoder(join(encoder.name, "body"), inside["body"])
@@ -176,7 +178,7 @@ def _timm_head(node: nn.Module) -> set[nn.Parameter]:
 
 
 def _torchvision_head(key: str, head: Any) -> set[nn.Parameter]:
-    """All of the head, but of a `classifier` of several layers, pretrained too, the last, which is what one replaces."""
+    """All of the head, but of a `classifier` of several pretrained layers the last, which is the one to replace."""
     if not isinstance(head, nn.Module):
         return set()
     layers = [module for module in head.modules() if any(p.dim() > 1 for p in module.parameters(recurse=False))]

@@ -138,45 +138,64 @@ def trace(model: nn.Module, example_input: Any = None) -> Trace:
         TraceError: The model cannot be copied, runs on none of the inputs, or its output needs no gradient.
     """
     model = unwrap(model)
-    calls: Iterable[Callable[[], Call]] = _guesses(model) if example_input is None else [_given(example_input)]
-    mode = FakeTensorMode(allow_non_fake_inputs=True)  # a model may hold small tensors that are not its buffers
-    guard = _Guard({id(tensor) for tensor in (*model.parameters(), *model.buffers())})
-    failures: list[str] = []
     # Fake tensors draw no random numbers, but a model's own Python code may.
     python_random = random.getstate()
     try:
         with torch.inference_mode(mode=False), torch.enable_grad(), torch.random.fork_rng(devices=[]), _quiet():
-            twin, memo = _twin(model, mode)
-            originals = {id(memo[id(module)]): module for _, module in walk(model)}
-            fakes = {id(memo[id(p)]): p for p in model.parameters()}
-            runs: dict[nn.Module, int] = {}
-            for module in twin.modules():
-                module.register_forward_pre_hook(partial(_note_run, runs, originals), prepend=True)
-            for make_call in calls:
-                runs.clear()
-                with mode:
-                    args, kwargs = make_call()
+            # A model may hold small tensors that are not its buffers.
+            try:
+                return _run(model, example_input, FakeTensorMode(allow_non_fake_inputs=True))
+            except _NEEDS_DATA:  # sizes that depend on values can be symbols; loading those takes a second
+                from torch.fx.experimental.symbolic_shapes import (  # noqa: PLC0415
+                    GuardOnDataDependentSymNode,
+                    ShapeEnv,
+                )
+
+                fatal = (*_NEEDS_DATA, GuardOnDataDependentSymNode)
                 try:
-                    with mode, guard:
-                        args, kwargs = tree_map_only(torch.Tensor, partial(_fake, mode), (args, kwargs))
-                        output = twin(*args, **kwargs)
-                except _NEEDS_DATA as error:
+                    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+                    return _run(model, example_input, mode, fatal)
+                except fatal as error:
                     raise TraceError(
-                        f"`model` must run forward without data, got {_first_line(error)}: what it computes depends on "
-                        "values, and no example_input= helps; name the blocks with patterns=, which runs nothing, such "
-                        f"as patterns=[{_pattern(model)}, ...]"
+                        f"`model` must run forward without data, got {_first_line(error)}; no example_input= changes "
+                        "that, so name the blocks with patterns=, one a block, such as "
+                        f"patterns=[r'{_pattern(model)}', ...]"
                     ) from error
-                except Exception as error:  # noqa: BLE001  # whatever a model raises says that this input does not fit
-                    failures.append(f"{_first_line(error)} on {_shapes(args, kwargs)}")
-                    continue
-                traced = _read(_tensors(output), fakes, runs)
-                if traced.uses:
-                    if example_input is None:
-                        _refuse_half(model, traced, args, kwargs)
-                    return traced
-                failures.append(f"an output that depends on no parameter on {_shapes(args, kwargs)}")
     finally:
         random.setstate(python_random)
+
+
+def _run(
+    model: nn.Module, example_input: Any, mode: FakeTensorMode, fatal: tuple[type[Exception], ...] = _NEEDS_DATA
+) -> Trace:
+    calls: Iterable[Callable[[], Call]] = _guesses(model) if example_input is None else [_given(example_input)]
+    guard = _Guard({id(tensor) for tensor in (*model.parameters(), *model.buffers())})
+    failures: list[str] = []
+    twin, memo = _twin(model, mode)
+    originals = {id(memo[id(module)]): module for _, module in walk(model)}
+    fakes = {id(memo[id(p)]): p for p in model.parameters()}
+    runs: dict[nn.Module, int] = {}
+    for module in twin.modules():
+        module.register_forward_pre_hook(partial(_note_run, runs, originals), prepend=True)
+    for make_call in calls:
+        runs.clear()
+        with mode:
+            args, kwargs = make_call()
+        try:
+            with mode, guard:
+                args, kwargs = tree_map_only(torch.Tensor, partial(_fake, mode), (args, kwargs))
+                output = twin(*args, **kwargs)
+        except fatal:
+            raise
+        except Exception as error:  # noqa: BLE001  # whatever a model raises says that this input does not fit
+            failures.append(f"{_first_line(error)} on {_shapes(args, kwargs)}")
+            continue
+        traced = _read(_tensors(output), fakes, runs)
+        if traced.uses:
+            if example_input is None:
+                _refuse_half(model, traced, args, kwargs)
+            return traced
+        failures.append(f"an output that depends on no parameter on {_shapes(args, kwargs)}")
     raise TraceError(
         f"`model` must run forward on an example input, got {failures[0] if failures else 'none to try'}; "
         "pass example_input=, a tensor, a tuple of arguments or a dict of keyword arguments that the model accepts, "
@@ -198,18 +217,19 @@ def _quiet() -> Iterator[None]:
 def _pattern(model: nn.Module) -> str:
     """A regex for the first part of the longest list of modules."""
     lists = [(len(module), name) for name, module in walk(model) if isinstance(module, nn.ModuleList)]
-    name = max(lists, default=(0, "layers"))[1]
-    return repr(re.escape(f"{name}.0."))
+    return re.escape(max(lists, default=(0, "layers"))[1] + ".0.")
 
 
 def _refuse_half(model: nn.Module, traced: Trace, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """A guess may run half a model, as text alone does where an image may come with it; the rest would be in no block."""
+    """A guess may run half a model, as text alone does where an image may come too; the rest would be in no block."""
     modalities = getattr(model, "input_modalities", ())  # transformers: what the model takes
     if isinstance(modalities, str) or len(modalities) == 1:
         return
     taken = inspect.signature(model.forward).parameters
     given = {*list(taken)[: len(args)], *kwargs}
-    left = [key for key, one in taken.items() if key not in given and one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL)]
+    left = [
+        key for key, one in taken.items() if key not in given and one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL)
+    ]
     idle = [
         name
         for name, module in walk(model)
@@ -255,6 +275,8 @@ def _twin(model: nn.Module, mode: FakeTensorMode) -> tuple[nn.Module, dict[int, 
         for flag in ("grad_checkpointing", "gradient_checkpointing"):
             if getattr(module, flag, False) is True:
                 setattr(module, flag, False)  # a reentrant checkpoint hides its inside from the graph
+        if getattr(vars(module).get("config"), "_experts_implementation", None) == "grouped_mm":
+            module.config._experts_implementation = "batched_mm"  # type: ignore[union-attr]  # noqa: SLF001  # the other has no fake kernel in float32
     return twin, memo
 
 
