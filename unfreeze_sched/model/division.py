@@ -83,8 +83,9 @@ def _trace(model: nn.Module, head: frozenset[nn.Parameter] | None, example_input
     except TraceError:
         # A detector computes its boxes from data; what it reads of its backbone is all of the backbone's outputs.
         backbone = dict(children(model)).get("backbone")
-        if backbone is None or example_input is not None:
-            raise
+        detector = type(model).__module__.startswith("torchvision.models.detection")
+        if backbone is None or not detector or example_input is not None:
+            raise  # elsewhere something may run before the backbone
         if head is not None and not head >= set(model.parameters()) - set(backbone.parameters()):
             raise
         return trace(backbone)
@@ -166,8 +167,8 @@ def _find_stages(path: str, top: nn.Module, uses: Mapping[nn.Parameter, int]) ->
             break
         name, node = dominant[0]
     parts = [(join(path, key), child) for key, child in _used_children(top, uses)]
-    large = [item for item in parts if len(_used(item[1], uses)) > _TOWER * total]
-    towers = [tower for item in large if len(_as_stages(tower := _find_stages(*item, uses), uses)) > 1]
+    heavy = [item for item in parts if len(_used(item[1], uses)) > _TOWER * total]
+    towers = [tower for item in heavy if len(_as_stages(tower := _find_stages(*item, uses), uses)) > 1]
     if towers:
         return [item for tower in towers for item in tower]
     return parts if _as_stages(parts, uses) else [(path, top)]
