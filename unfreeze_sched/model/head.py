@@ -153,7 +153,7 @@ def _library_head(node: nn.Module, inside: Mapping[str, nn.Module], *, is_base: 
         key = next((key for key in _CLASSIFIERS if hasattr(node, key)), None)
         if key is not None and "backbone" not in inside:
             return _torchvision_head(key, getattr(node, key))
-        return set() if path.startswith(("torchvision.models._utils", "torchvision.models.feature")) else None
+        return set() if path.startswith("torchvision.models._utils") else None
     if root == "transformers" and isinstance(getattr(node, "base_model_prefix", None), str):
         modalities = getattr(node, "input_modalities", "")
         towers = not is_base and not isinstance(modalities, str) and len(modalities) > 1
