@@ -146,6 +146,17 @@ def test_the_scripts_own_defaults() -> None:
     assert unfreezer.norms == "eval"
 
 
+def test_a_model_and_its_head() -> None:
+    """The head is stated where the model does not say it, and left out where blocks are given."""
+    net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+    optimizer = torch.optim.SGD(net[2].parameters(), lr=1.0)
+    unfreezer = unfreezer_from_args(parse("--unfreeze_start", "1"), net, optimizer, total_epochs=5, head=optimizer)
+    assert [block.name for block in unfreezer.blocks] == ["0", "1"]
+    with pytest.raises(ValueError, match="head") as error:
+        unfreezer_from_args(parse(), unfreezer.blocks, optimizer, total_epochs=5, head=optimizer)
+    assert str(error.value) == "`head` must be left out where blocks are given, got both; what is in no block is head"
+
+
 def test_a_model_and_its_scheduler() -> None:
     """A model's blocks are found, and the LR scheduler drives them from then on."""
     smp = pytest.importorskip("segmentation_models_pytorch")

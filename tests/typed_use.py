@@ -40,6 +40,8 @@ def use(model: nn.Module) -> None:
     blocks = encoder_blocks(model)
     assert_type(blocks, tuple[Block, ...])
     assert_type(encoder_blocks(model, patterns=[r"layer1\."]), tuple[Block, ...])
+    encoder_blocks(model, head=[nn.Linear(1, 1), nn.Parameter(torch.zeros(1))])
+    encoder_blocks(model, head=torch.optim.AdamW(nn.Linear(1, 1).parameters()))
     Block("head", (nn.Linear(1, 1), nn.Parameter(torch.zeros(1))))
 
     optimizer = torch.optim.AdamW(nn.Linear(1, 1).parameters())

@@ -242,6 +242,7 @@ def unfreezer_from_args(
     *,
     total_epochs: int,
     n_images: int | None = None,
+    head: Iterable[nn.Module | nn.Parameter] | Optimizer | None = None,
     **keywords: Any,
 ) -> ProgressiveUnfreezer:
     """The unfreezer that the flags ask for; where they ask for none, one that unfreezes all blocks at epoch 0.
@@ -255,6 +256,7 @@ def unfreezer_from_args(
         lr_schedulers: All the LR schedulers of the optimizer; None says that there is none.
         total_epochs: Number of epochs of the run, at least 1.
         n_images: Number of training images, for `--preset auto`.
+        head: What trains from the start, as for `encoder_blocks`; left out where blocks are given.
         **keywords: Further ones of `ProgressiveUnfreezer`: the script's own defaults, which a flag overrides.
 
     Returns:
@@ -285,7 +287,9 @@ def unfreezer_from_args(
 
     preset: RatePreset | MilestonePreset | None = preset_from(args, n_images)
     is_model = isinstance(model_or_blocks, nn.Module)
-    blocks = encoder_blocks(model_or_blocks) if is_model else validate_blocks(model_or_blocks)  # type: ignore[arg-type]  # told apart by the flag
+    if head is not None and not is_model:
+        raise ValueError("`head` must be left out where blocks are given, got both; what is in no block is head")
+    blocks = encoder_blocks(model_or_blocks, head=head) if is_model else validate_blocks(model_or_blocks)  # type: ignore[arg-type]  # told apart by the flag
     if preset is None:
         preset = MilestonePreset(milestones={0: len(blocks)}, learning_rate_scale=1.0)
     schedule = UnfreezeSchedule(preset=preset, total_blocks=len(blocks), total_epochs=total_epochs)

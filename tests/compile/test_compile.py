@@ -201,9 +201,9 @@ def test_a_stale_graph_is_noticed() -> None:
 def test_blocks_of_a_compiled_model(inside: bool) -> None:
     """The blocks of a compiled model, or of one whose stages are, hold the model's own parameters by their own names."""
     model = Stages()
-    expected = [(block.name, list(block.named_parameters())) for block in encoder_blocks(model)]
+    expected = [(block.name, list(block.named_parameters())) for block in encoder_blocks(model, head=model.head)]
     wrapped = by_stage(model, "eager") if inside else torch.compile(model, backend="eager")
-    found = [(block.name, list(block.named_parameters())) for block in encoder_blocks(wrapped)]  # type: ignore[arg-type]
+    found = [(block.name, list(block.named_parameters())) for block in encoder_blocks(wrapped, head=model.head)]  # type: ignore[arg-type]
     assert [name for name, _ in found] == [name for name, _ in expected]
     for (_, ours), (_, theirs) in zip(found, expected, strict=True):
         assert [name for name, _ in ours] == [name for name, _ in theirs]

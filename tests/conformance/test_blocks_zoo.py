@@ -96,7 +96,8 @@ def faults(case: Case, blocks: Sequence[Block]) -> list[str]:
     for i, (start, following) in enumerate(itertools.pairwise(starts)):
         if start >= following:
             found.append(f"{blocks[i + 1].name} begins before {blocks[i].name}")
-    for n in range(len(blocks) + 1):
+    middle = range(len(blocks) + 1) if len(blocks) < 5 else (0, 1, 2, len(blocks) // 2, len(blocks) - 1, len(blocks))
+    for n in middle:
         unfrozen = {parameter for block in blocks[len(blocks) - n :] for parameter in block.parameters()}
         if trained(case, unfrozen) != unfrozen:
             found.append(f"with {n} blocks unfrozen, others receive gradients")
@@ -200,8 +201,10 @@ TIMM = {
 }
 TORCHVISION = {
     "resnet18": (4, "fc."),
-    "mobilenet_v3_small": (11, "classifier."),
-    "convnext_tiny": (4, "classifier."),
+    "mobilenet_v3_small": (11, "classifier.3."),
+    "vgg11": (8, "classifier.6."),
+    "alexnet": (5, "classifier.6."),
+    "convnext_tiny": (4, "classifier.2."),
     "squeezenet1_1": (8, "classifier."),
     "efficientnet_b0": (7, "classifier."),
     "shufflenet_v2_x0_5": (3, "fc."),
@@ -276,25 +279,44 @@ SPECIAL: dict[str, tuple[int, Callable[[], Case]]] = {
 }
 
 
+QUICK = {
+    *(
+        "resnet18",
+        "mit_b0",
+        "timm-efficientnet-b0",
+        "tu-tf_efficientnet_lite0",
+        "tu-convnext_atto",
+        "tu-hrnet_w18_small",
+    ),
+    *("test_vit", "test_byobnet", "levit_128s", "test_efficientnet_ln"),
+    *("mobilenet_v3_small", "squeezenet1_1", "shufflenet_v2_x0_5"),
+}
+
+
+def quick(names: Mapping[str, object]) -> list[Any]:
+    """The names, all but a few of each kind marked as slow."""
+    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
 def check(case: Case, blocks: int | None) -> None:
     found = encoder_blocks(case.model)
     assert blocks is None or len(found) == blocks, [block.name for block in found]
     assert faults(case, found) == []
 
 
-@pytest.mark.parametrize("name", SMP)
+@pytest.mark.parametrize("name", quick(SMP))
 def test_smp_models(name: str) -> None:
     """An smp model's blocks are its encoder's stages, and the oracle agrees at every step of unfreezing."""
     check(segmenter(name), SMP[name])
 
 
-@pytest.mark.parametrize("name", TIMM)
+@pytest.mark.parametrize("name", quick(TIMM))
 def test_timm_models(name: str) -> None:
     """A timm model's blocks are its stages or layers, without its classifier."""
     check(timm_model(name), TIMM[name])
 
 
-@pytest.mark.parametrize("name", TORCHVISION)
+@pytest.mark.parametrize("name", quick(TORCHVISION))
 def test_torchvision_models(name: str) -> None:
     """A torchvision classifier's blocks are its stages, without its head."""
     blocks, head = TORCHVISION[name]
@@ -315,7 +337,7 @@ def test_special_forms(name: str) -> None:
     check(make(), blocks)
 
 
-@pytest.mark.parametrize("variant", range(5))
+@pytest.mark.parametrize("variant", [0, *(pytest.param(number, marks=pytest.mark.slow) for number in range(1, 5))])
 def test_lite_encoders_have_seven_blocks(variant: int) -> None:
     """Each of the five lite encoders has one block a stage, the stem in the first, the dead head in none."""
     blocks = encoder_blocks(segmenter(f"timm-tf_efficientnet_lite{variant}").model)
@@ -352,6 +374,7 @@ def drawn(names: Sequence[str], count: int) -> list[str]:
     return random.Random(SEED).sample(sorted(names), count)  # noqa: S311  # a fixed seed, not a secret
 
 
+@pytest.mark.slow
 def test_drawn_smp_encoders() -> None:
     """What holds for the listed encoders holds for any of smp's; the first few drawn that are small enough to run."""
     cases = ((name, segmenter(name)) for name in drawn(list(smp.encoders.encoders), 30))
@@ -360,6 +383,7 @@ def test_drawn_smp_encoders() -> None:
         assert faults(case, encoder_blocks(case.model)) == [], name
 
 
+@pytest.mark.slow
 def test_drawn_timm_models() -> None:
     """What holds for the listed models holds for any of timm's; the first few drawn that are small enough to run."""
     small = (name for name, size in sizes(drawn(timm.list_models(), 60)) if size < 12_000_000)

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 import unfreeze_sched.model.division
 import unfreeze_sched.model.encoder
+import unfreeze_sched.model.head
 import unfreeze_sched.model.tracing
 from unfreeze_sched.model import Block, encoder_blocks
 from unfreeze_sched.model.block import validate_blocks
@@ -78,14 +79,14 @@ def names(blocks: tuple[Block, ...]) -> list[str]:
 
 def test_every_used_parameter_goes_to_the_last_stage_that_began_before_it() -> None:
     """Stem and bare parameters join the first stage, transitions the stage before, the final norm the last."""
-    blocks = encoder_blocks(Pyramid())
+    blocks = encoder_blocks(Pyramid(), head=())
     assert names(blocks) == ["layer1", "layer2", "layer3"]
     assert member_names(blocks) == [("token", "stem", "layer1", "transition"), ("layer2",), ("layer3", "norm")]
 
 
 def test_parameters_without_a_gradient_are_in_no_block() -> None:
     """A layer that is never called and one whose output is detached belong to no block."""
-    held = {name for block in encoder_blocks(Pyramid()) for name, _ in block.named_parameters()}
+    held = {name for block in encoder_blocks(Pyramid(), head=()) for name, _ in block.named_parameters()}
     assert not any(name.startswith(("unused", "side")) for name in held)
 
 
@@ -118,7 +119,7 @@ def test_only_what_the_loss_can_reach_counts() -> None:
         def forward(self, x: Tensor) -> Any:
             return self.segmentation_head(self.encoder(x)[0])
 
-    assert names(encoder_blocks(Encoder())) == ["layer1", "layer2", "layer3"]
+    assert names(encoder_blocks(Encoder(), head=())) == ["layer1", "layer2", "layer3"]
     assert names(encoder_blocks(Shallow(Encoder()))) == ["layer1", "layer2"]
 
 
@@ -148,28 +149,6 @@ def test_an_encoder_in_the_middle_is_not_the_whole() -> None:
     assert member_names(blocks)[0] == ("embeddings", "encoder.0")
 
 
-def test_a_linear_head_on_a_flat_output_is_in_no_block() -> None:
-    """The last child is a head where it ends in a linear map to (batch, classes), also inside of plain wrappers."""
-    for model in (Pyramid(head=True), nn.ModuleDict({"net": Pyramid(head=True)})["net"]):
-        blocks = encoder_blocks(model)
-        assert not any("fc" in name for block in blocks for name in block.member_names)
-    wrapped = encoder_blocks(nn.Sequential(Pyramid(head=True)))
-    assert member_names(wrapped)[-1] == ("0.layer3", "0.norm")
-
-
-def test_the_last_of_alike_stages_is_no_head() -> None:
-    """A stage that ends in a linear map is a stage, not a head, when it repeats its neighbours."""
-    stages = [nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)) for _ in range(3)]
-    assert names(encoder_blocks(nn.Sequential(*stages))) == ["0", "1", "2"]
-    assert names(encoder_blocks(nn.Sequential(*stages, nn.Linear(4, 2)))) == ["0", "1", "2"]
-
-
-def test_a_feed_forward_stack_ends_in_its_head() -> None:
-    """In a stack of bare linear layers the last one is the head."""
-    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
-    assert member_names(encoder_blocks(model)) == [("0", "1"), ("2", "3")]
-
-
 def test_a_model_that_is_all_head_is_refused() -> None:
     """Nothing is left to unfreeze where the model's own method names its only layer as the classifier."""
 
@@ -187,7 +166,7 @@ def test_a_model_that_is_all_head_is_refused() -> None:
     with pytest.raises(ValueError, match="encoder") as error:
         encoder_blocks(Probe())
     assert str(error.value) == (
-        "`model` must have an encoder below its head, got Probe without one; name the blocks with patterns="
+        "`model` must leave an encoder below the head, got Probe without one; name the blocks with patterns="
     )
 
 
@@ -205,13 +184,13 @@ def test_parts_with_names_of_their_own_are_blocks_themselves() -> None:
         def forward(self, x: Tensor) -> Any:
             return self.head_norm(self.tail(self.middle(self.entry(x))))
 
-    assert names(encoder_blocks(Named())) == ["entry", "middle", "tail"]
+    assert names(encoder_blocks(Named(), head=())) == ["entry", "middle", "tail"]
 
 
 def test_a_single_layer_is_a_single_block() -> None:
     """A model that is one layer is one block, which holds the model itself."""
     layer = nn.Conv2d(3, 4, 1)
-    (block,) = encoder_blocks(layer)
+    (block,) = encoder_blocks(layer, head=())
     assert (block.name, block.members, block.member_names) == ("Conv2d", (layer,), ("",))
 
 
@@ -222,14 +201,14 @@ def test_stems_and_transitions_in_one_row_with_the_stages_are_no_blocks() -> Non
         return nn.Sequential(conv_block(), conv_block())
 
     model = nn.Sequential(nn.Conv2d(3, 4, 1), stage(), nn.Conv2d(4, 4, 1), stage())
-    assert member_names(encoder_blocks(model)) == [("0", "1", "2"), ("3",)]
+    assert member_names(encoder_blocks(model, head=())) == [("0", "1", "2"), ("3",)]
 
 
 def test_torch_transformer_layers_are_found() -> None:
     """The transformer encoder of torch gives one block a layer, without its fused inference path."""
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     model = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
-    blocks = encoder_blocks(model, example_input=torch.zeros(1, 5, 8))
+    blocks = encoder_blocks(model, example_input=torch.zeros(1, 5, 8), head=())
     assert names(blocks) == ["layers.0", "layers.1", "layers.2"]
 
 
@@ -245,7 +224,7 @@ def test_recurrent_layers_are_found() -> None:
         def forward(self, x: Tensor) -> Any:
             return self.rnn2(self.rnn1(x)[0])[0]
 
-    blocks = encoder_blocks(Speech(), example_input=torch.zeros(2, 3, 6))
+    blocks = encoder_blocks(Speech(), example_input=torch.zeros(2, 3, 6), head=())
     assert member_names(blocks) == [("rnn1",), ("rnn2",)]
 
 
@@ -261,7 +240,7 @@ def test_a_module_used_at_every_depth_is_in_one_block() -> None:
         def forward(self, x: Tensor) -> Any:
             return self.mix(self.layer2(self.mix(self.layer1(x))))
 
-    assert member_names(encoder_blocks(Reused(), example_input=torch.zeros(1, 4, 8, 8))) == [
+    assert member_names(encoder_blocks(Reused(), example_input=torch.zeros(1, 4, 8, 8), head=())) == [
         ("layer1", "mix"),
         ("layer2",),
     ]
@@ -272,7 +251,7 @@ def test_a_weight_tied_across_stages_is_in_one_block() -> None:
     convs = [nn.Conv2d(4, 4, 1) for _ in range(3)]
     convs[2].weight = convs[0].weight
     model = nn.Sequential(*(nn.Sequential(conv, conv_block()) for conv in convs))
-    assert member_names(encoder_blocks(model)) == [("0",), ("1",), ("2.0.bias", "2.1")]
+    assert member_names(encoder_blocks(model, head=())) == [("0",), ("1",), ("2.0.bias", "2.1")]
 
 
 def test_norms_without_parameters_belong_to_the_block_they_ran_in() -> None:
@@ -289,7 +268,7 @@ def test_norms_without_parameters_belong_to_the_block_they_ran_in() -> None:
         def forward(self, x: Tensor) -> Any:
             return self.late(self.layer2(self.early(self.layer1(x))))
 
-    blocks = encoder_blocks(Bare(), example_input=torch.zeros(1, 4, 8, 8))
+    blocks = encoder_blocks(Bare(), example_input=torch.zeros(1, 4, 8, 8), head=())
     assert member_names(blocks) == [("early", "idle", "layer1"), ("late", "layer2")]
 
 
@@ -305,7 +284,7 @@ def test_a_list_of_parameterless_modules_is_divided() -> None:
         def forward(self, x: Tensor) -> Any:
             return self.drops[1](self.layer2(self.drops[0](self.layer1(x))))
 
-    blocks = encoder_blocks(Drops(), example_input=torch.zeros(1, 4, 8, 8))
+    blocks = encoder_blocks(Drops(), example_input=torch.zeros(1, 4, 8, 8), head=())
     assert member_names(blocks) == [("drops.0", "layer1"), ("drops.1", "layer2")]
 
 
@@ -313,7 +292,7 @@ def test_integer_parameters_are_skipped() -> None:
     """A parameter that cannot have a gradient is in no block, and its module is divided around it."""
     model = nn.Sequential(conv_block(), conv_block())
     model[1].register_parameter("codes", nn.Parameter(torch.zeros(2, dtype=torch.int8), requires_grad=False))
-    assert member_names(encoder_blocks(model)) == [("0",), ("1.0", "1.1", "1.2")]
+    assert member_names(encoder_blocks(model, head=())) == [("0",), ("1.0", "1.1", "1.2")]
 
 
 @pytest.mark.parametrize("old_style", [False, True])
@@ -327,7 +306,7 @@ def test_parametrized_weights_are_found(old_style: bool) -> None:
             nn.utils.weight_norm(stage[0])
     else:
         weight_norm(stage[0])
-    blocks = encoder_blocks(model)
+    blocks = encoder_blocks(model, head=())
     assert member_names(blocks) == [("0",), ("1",)]
     assert len(list(blocks[1].parameters())) == 4
 
@@ -345,7 +324,7 @@ def test_a_checkpointed_encoder_is_seen_through() -> None:
             return x
 
     model = Checkpointed()
-    assert names(encoder_blocks(model)) == ["layer1", "layer2", "layer3"]
+    assert names(encoder_blocks(model, head=())) == ["layer1", "layer2", "layer3"]
     assert model.grad_checkpointing
 
 
@@ -384,7 +363,7 @@ def test_the_surrounding_mode_does_not_matter(context: Callable[[], Any]) -> Non
     """Blocks found without gradients, in inference mode or under autocast are the same."""
     model = Pyramid()
     with context():
-        assert names(encoder_blocks(model)) == ["layer1", "layer2", "layer3"]
+        assert names(encoder_blocks(model, head=())) == ["layer1", "layer2", "layer3"]
 
 
 def test_a_frozen_model_has_the_same_blocks() -> None:
@@ -397,7 +376,7 @@ def test_a_frozen_model_has_the_same_blocks() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_precisions_are_found(dtype: torch.dtype) -> None:
     """The guessed input has the type of the model's parameters."""
-    assert names(encoder_blocks(Pyramid().to(dtype))) == ["layer1", "layer2", "layer3"]
+    assert names(encoder_blocks(Pyramid().to(dtype), head=())) == ["layer1", "layer2", "layer3"]
 
 
 def test_a_closure_over_the_model_is_refused() -> None:
@@ -422,7 +401,7 @@ def test_a_closure_over_the_model_is_refused() -> None:
     model = Closed()
     before = snapshot(model)
     with pytest.raises(ValueError, match="must run forward") as error:
-        encoder_blocks(model)
+        encoder_blocks(model, head=())
     assert str(error.value) == (
         "`model` must run forward on an example input, got RuntimeError: forward reaches past a copy of the model to "
         f"the model itself on (2, 3, 224, 224){FIX}"
@@ -486,7 +465,7 @@ def test_finding_blocks_leaves_the_model_bit_for_bit() -> None:
     model.layer3.register_full_backward_hook(lambda *_: fired.append("backward"))
     model.stem.weight.register_hook(lambda _: fired.append("gradient"))  # type: ignore[no-untyped-call]
     before, rng, python_rng = snapshot(model), torch.get_rng_state(), random.getstate()
-    encoder_blocks(model)
+    encoder_blocks(model, head=())
     assert same(before, snapshot(model))
     assert torch.equal(rng, torch.get_rng_state())
     assert random.getstate() == python_rng
@@ -509,7 +488,7 @@ def test_no_memory_of_the_size_of_the_model_is_allocated() -> None:
     for layer in layers:
         layer.weight = nn.Parameter(torch.zeros(1).expand(100_000, 100_000))
         layer.in_features = 100_000
-    assert names(encoder_blocks(nn.Sequential(*layers))) == ["0", "1"]
+    assert names(encoder_blocks(nn.Sequential(*layers), head=layers[2:])) == ["0", "1"]
 
 
 def test_a_model_on_the_meta_device_has_blocks() -> None:
@@ -542,7 +521,7 @@ def test_hooks_that_are_part_of_the_model_run() -> None:
             return self.tap.features
 
     model = Tapped()
-    assert names(encoder_blocks(model)) == ["body.layer1", "body.layer2"]
+    assert names(encoder_blocks(model, head=())) == ["body.layer1", "body.layer2"]
     assert model.tap.features == []
 
 
@@ -580,20 +559,20 @@ class Picky(nn.Module):
 )
 def test_an_example_input_may_be_keywords(example: dict[str, Tensor], reached: list[str]) -> None:
     """A dict is passed as keyword arguments, and nested outputs are searched for tensors."""
-    assert names(encoder_blocks(Picky(), example_input=example)) == reached
+    assert names(encoder_blocks(Picky(), example_input=example, head=())) == reached
 
 
 def test_an_example_input_may_be_a_tensor_or_a_tuple() -> None:
     """A tensor is the only argument, a tuple the positional ones."""
     pair = nn.Bilinear(3, 4, 5)
-    assert len(encoder_blocks(pair, example_input=(torch.zeros(2, 3), torch.zeros(2, 4)))) == 1
-    assert len(encoder_blocks(Pyramid(), example_input=torch.zeros(1, 3, 8, 8))) == 3
+    assert len(encoder_blocks(pair, example_input=(torch.zeros(2, 3), torch.zeros(2, 4)), head=())) == 1
+    assert len(encoder_blocks(Pyramid(), example_input=torch.zeros(1, 3, 8, 8), head=())) == 3
 
 
 def test_an_example_input_of_another_type_is_refused() -> None:
     """A list is neither one argument nor several, and the text says what to do."""
     with pytest.raises(TypeError) as error:
-        encoder_blocks(Pyramid(), example_input=[torch.zeros(1, 3, 8, 8)])
+        encoder_blocks(Pyramid(), example_input=[torch.zeros(1, 3, 8, 8)], head=())
     assert str(error.value) == (
         "`example_input` must be a tensor, a tuple of positional or a dict of keyword arguments, got list; "
         "wrap a single argument of another type in a tuple"
@@ -630,7 +609,7 @@ class Odd(nn.Module):
 def test_a_model_that_does_not_run_is_refused(model: nn.Module, example: Any, text: str) -> None:
     """The text names the first input that was tried and what it met, and asks for another."""
     with pytest.raises(ValueError, match="must run forward") as error:
-        encoder_blocks(model, example_input=example)
+        encoder_blocks(model, example_input=example, head=())
     assert str(error.value) == f"`model` must run forward on an example input, got {text}{FIX}"
 
 
@@ -639,7 +618,7 @@ def test_a_model_that_cannot_be_copied_is_refused() -> None:
     model = Pyramid()
     model.lock = threading.Lock()  # type: ignore[assignment]
     with pytest.raises(ValueError, match="copyable") as error:
-        encoder_blocks(model)
+        encoder_blocks(model, head=())
     assert str(error.value) == (
         "`model` must be copyable, got TypeError: cannot pickle '_thread.lock' object; "
         "name the blocks with patterns=, which copies nothing"
@@ -892,9 +871,15 @@ def test_no_architecture_is_named() -> None:
     torchvision = pytest.importorskip("torchvision")
     registered = [*timm.list_models(), *timm.list_modules(), *smp.encoders.encoders, *torchvision.models.list_models()]
     families = {word for name in registered for word in re.findall(r"[a-z]{4,}", name.lower())[:1]}
-    families -= {"base", "next"}  # English words too
+    families -= {"base", "next", "timm"}  # English words too, and the prefix of a library
     assert {"resnet", "efficientnet", "swin", "densenet", "convnext", "regnet"} <= families
-    for module in (unfreeze_sched.model.encoder, unfreeze_sched.model.division, unfreeze_sched.model.tracing):
+    parts = (
+        unfreeze_sched.model.encoder,
+        unfreeze_sched.model.head,
+        unfreeze_sched.model.division,
+        unfreeze_sched.model.tracing,
+    )
+    for module in parts:
         assert module.__file__ is not None
         found = words_in_code(Path(module.__file__)) & families
         assert not found, f"{module.__name__} names {found}"

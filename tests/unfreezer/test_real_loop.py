@@ -561,7 +561,7 @@ def test_data_parallel() -> None:
     net = Net(3)
     plain = copy.deepcopy(net)
     wrapped = nn.DataParallel(net)
-    blocks = encoder_blocks(wrapped, example_input=torch.zeros(2, 4).double())
+    blocks = encoder_blocks(wrapped, head=net.head, example_input=torch.zeros(2, 4).double())
     assert [block.name for block in blocks] == ["blocks.0", "blocks.1", "blocks.2"]
     draw = lambda: torch.randn(4, 4).double()  # noqa: E731
     assert same(

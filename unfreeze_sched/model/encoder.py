@@ -14,8 +14,9 @@ from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 
 from unfreeze_sched.model.block import ADAPTERS, Block, is_peft, validate_blocks
-from unfreeze_sched.model.division import Members, divided, join
-from unfreeze_sched.model.tracing import unwrap, walk
+from unfreeze_sched.model.division import Members, divided, without_fixed
+from unfreeze_sched.model.head import stated_head
+from unfreeze_sched.model.tracing import join, unwrap, walk
 
 
 def encoder_blocks(
@@ -27,32 +28,40 @@ def encoder_blocks(
 ) -> tuple[Block, ...]:
     r"""The blocks of a model's encoder, shallow to deep.
 
-    Every parameter that the forward pass uses is in exactly one block; one that never receives a gradient, and the
-    head or decoder, are in none. The model is not changed, not run on data, and none of its memory is copied.
+    Every parameter that the forward pass uses is in exactly one block or in the head; what runs before the last
+    operation of the encoder is in a block. One that never receives a gradient is in none, nor is one that is not
+    trainable while others of its block are: what is held fixed stays fixed, and the log says which. The model is not
+    changed, not run on data, and none of its memory is copied.
 
     Args:
-        model: An smp, timm, torchvision or transformers model, whole or its encoder alone, or any module whose stages
-            repeat under one name. DDP and `torch.compile` wrappers are looked through.
+        model: An smp, timm, torchvision or transformers model, or any module with its `head`. DDP and `torch.compile`
+            wrappers are looked through.
         patterns: One regular expression a block, shallow to deep, searched for in the qualified names of the
             parameters. The model is not run then, and parameters that no pattern matches are in no block.
+        head: What trains from the start: modules and parameters, or an optimizer that holds just that; `()` says that
+            the model is all encoder. `None` where it is known: for smp, the decoder and heads; timm, its classifiers;
+            torchvision, the part above the backbone, of a `classifier` of several layers the last; transformers, all
+            but the base model; and for a model with an `encoder` or `backbone` beside other parts, these.
         example_input: What the forward pass takes, where it cannot be guessed: a tensor, a tuple of positional or a
             dict of keyword arguments. Only shapes, types and devices matter.
 
     Returns:
-        The blocks; `[0]` is the shallowest and holds the stem, `[-1]` is next to the head.
+        The blocks; `[0]` is the shallowest and holds the stem, `[-1]` is next to the head. Of two towers side by side,
+        those with as many blocks above them follow each other.
 
     Raises:
         TypeError: An argument is of the wrong type.
-        ValueError: The model has no blocks or does not run, or a pattern is broken, empty-handed or overlaps another;
-            or PEFT adapted the model, and no patterns name the adapters.
+        ValueError: The model has no blocks or does not run, its head is neither known nor given, or not in the model;
+            a pattern is broken, empty-handed or overlaps another; or PEFT adapted the model, and no patterns name the
+            adapters.
 
     Example:
         >>> stage = lambda: nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
-        >>> model = nn.ModuleDict({"encoder": nn.Sequential(nn.Conv2d(3, 8, 1), stage(), stage())})
-        >>> [(block.name, block.member_names) for block in encoder_blocks(model["encoder"])]
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 1), stage(), stage(), nn.Conv2d(8, 2, 1))
+        >>> [(block.name, block.member_names) for block in encoder_blocks(model, head=[model[3]])]
         [('1', ('0', '1')), ('2', ('2',))]
-        >>> [block.name for block in encoder_blocks(model, patterns=[r"encoder\.1\.", r"encoder\.2\."])]
-        ['encoder.1', 'encoder.2']
+        >>> [block.name for block in encoder_blocks(model, patterns=[r"^1\.", r"^2\."])]
+        ['1', '2']
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a torch module, got {type(model).__name__}; pass the model itself")
@@ -72,7 +81,10 @@ def encoder_blocks(
             f"structure would unfreeze the base weights that PEFT froze; {ADAPTERS}"
         )
     if patterns is None:
-        return validate_blocks(divided(unwrap(model), example_input))
+        stated = None if head is None else stated_head(model, names, head)
+        return validate_blocks(divided(unwrap(model), stated, example_input))
+    if head is not None:
+        raise ValueError("`head` must be left out where patterns are given, got both; what no pattern matches is head")
     if example_input is not None:
         raise ValueError(
             "`example_input` must be left out where patterns are given, got both; patterns need no forward pass"
@@ -110,7 +122,7 @@ def _by_patterns(model: nn.Module, names: Mapping[nn.Parameter, str], patterns: 
                     f"{compiled[owner[parameter]].pattern!r} and {pattern.pattern!r}; make one of them narrower"
                 )
             owner[parameter] = index
-    members = Members(owner)
+    members = Members(without_fixed(unwrap(model), owner))
     members.visit("", unwrap(model))
     prefixes = [_common_module([names[p] for p in owner if owner[p] == index]) for index in range(len(compiled))]
     distinct = all(prefixes) and len(set(prefixes)) == len(prefixes)

@@ -1,4 +1,4 @@
-"""Which parameters a model's forward pass uses, and in which order: found on a copy that holds no data.
+"""Which parameters a model's forward pass uses, and what feeds what: found on a copy that holds no data.
 
 The copy's tensors are fake: they have a shape, a type and a device, and no memory. Running it builds a real autograd
 graph, and that graph is the answer: a parameter from which no path leads to the output never receives a gradient.
@@ -7,9 +7,14 @@ graph, and that graph is the answer: a parameter from which no path leads to the
 from __future__ import annotations
 
 import copy
+import inspect
+import logging
 import random
+import re
+from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -17,7 +22,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode  # the only part of torch that shares autograd but no data
+from torch._subclasses.fake_tensor import (  # the only part of torch that shares autograd but no data
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -32,23 +41,37 @@ _FRAMES = 16
 _SIZE_KEYS = ("img_size", "image_size")  # timm's, torchvision's and transformers' names
 
 
+_NEEDS_DATA = (DataDependentOutputException, DynamicOutputShapeException)
+
+
 class TraceError(ValueError):
     """The copy did not run; the text says what was tried and what to do."""
 
 
 @dataclass(frozen=True)
 class Trace:
-    """What one forward pass did; positions count up in the order of execution.
+    """What one forward pass did: its operations, numbered in the order of execution, and who took part in which.
 
     Args:
-        uses: For each parameter that can receive a gradient, the position of its first use.
-        runs: For each module that was called, the position of the operation that followed its first call.
-        flat: Whether the output is one tensor of (batch, features), as a classifier's is.
+        uses: For each parameter that can receive a gradient, the first operation that consumes it.
+        runs: For each module that was called, the operation that followed its first call; past the last, their number.
+        inputs: For each operation, those whose results it takes.
     """
 
     uses: dict[nn.Parameter, int]
     runs: dict[nn.Module, int]
-    flat: bool
+    inputs: list[list[int]]
+
+    def feeding(self, operations: Iterable[int]) -> set[int]:
+        """The operations on whose results any of these depends, itself included."""
+        found: set[int] = set()
+        stack = list(operations)
+        while stack:
+            operation = stack.pop()
+            if operation not in found:
+                found.add(operation)
+                stack += self.inputs[operation]
+        return found
 
 
 class _Guard(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -91,7 +114,12 @@ def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]
         if current not in seen:
             seen.add(current)
             yield name, current
-            stack += reversed([(f"{name}.{key}" if name else key, child) for key, child in children(current)])
+            stack += reversed([(join(name, key), child) for key, child in children(current)])
+
+
+def join(prefix: str, key: str) -> str:
+    """The qualified name of a child."""
+    return f"{prefix}.{key}" if prefix else key
 
 
 def trace(model: nn.Module, example_input: Any = None) -> Trace:
@@ -110,43 +138,116 @@ def trace(model: nn.Module, example_input: Any = None) -> Trace:
         TraceError: The model cannot be copied, runs on none of the inputs, or its output needs no gradient.
     """
     model = unwrap(model)
-    calls: Iterable[Callable[[], Call]] = _guesses(model) if example_input is None else [_given(example_input)]
-    mode = FakeTensorMode(allow_non_fake_inputs=True)  # a model may hold small tensors that are not its buffers
-    guard = _Guard({id(tensor) for tensor in (*model.parameters(), *model.buffers())})
-    failures: list[str] = []
     # Fake tensors draw no random numbers, but a model's own Python code may.
     python_random = random.getstate()
     try:
-        with torch.inference_mode(mode=False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
-            twin, memo = _twin(model, mode)
-            originals = {id(memo[id(module)]): module for _, module in walk(model)}
-            runs: dict[nn.Module, int] = {}
-            for module in twin.modules():
-                module.register_forward_pre_hook(partial(_note_run, runs, originals), prepend=True)
-            for make_call in calls:
-                runs.clear()
-                with mode:
-                    args, kwargs = make_call()
+        with torch.inference_mode(mode=False), torch.enable_grad(), torch.random.fork_rng(devices=[]), _quiet():
+            # A model may hold small tensors that are not its buffers.
+            try:
+                return _run(model, example_input, FakeTensorMode(allow_non_fake_inputs=True))
+            except _NEEDS_DATA:  # sizes that depend on values can be symbols; loading those takes a second
+                from torch.fx.experimental.symbolic_shapes import (  # noqa: PLC0415
+                    GuardOnDataDependentSymNode,
+                    ShapeEnv,
+                )
+
+                fatal = (*_NEEDS_DATA, GuardOnDataDependentSymNode)
                 try:
-                    with mode, guard:
-                        args, kwargs = tree_map_only(torch.Tensor, partial(_fake, mode), (args, kwargs))
-                        output = twin(*args, **kwargs)
-                except Exception as error:  # noqa: BLE001  # whatever a model raises says that this input does not fit
-                    failures.append(f"{_first_line(error)} on {_shapes(args, kwargs)}")
-                    continue
-                tensors = list(_tensors(output))
-                fakes = {id(memo[id(p)]): p for p in model.parameters()}
-                uses = {fakes[leaf]: position for leaf, position in _uses(tensors).items() if leaf in fakes}
-                if uses:
-                    return Trace(uses, runs, flat=len(tensors) == 1 and tensors[0].dim() == 2)  # noqa: PLR2004
-                failures.append(f"an output that depends on no parameter on {_shapes(args, kwargs)}")
+                    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+                    return _run(model, example_input, mode, fatal)
+                except fatal as error:
+                    raise TraceError(
+                        f"`model` must run forward without data, got {_first_line(error)}; no example_input= changes "
+                        "that, so name the blocks with patterns=, one a block, such as "
+                        f"patterns=[r'{_pattern(model)}', ...]"
+                    ) from error
     finally:
         random.setstate(python_random)
+
+
+def _run(
+    model: nn.Module, example_input: Any, mode: FakeTensorMode, fatal: tuple[type[Exception], ...] = _NEEDS_DATA
+) -> Trace:
+    calls: Iterable[Callable[[], Call]] = _guesses(model) if example_input is None else [_given(example_input)]
+    guard = _Guard({id(tensor) for tensor in (*model.parameters(), *model.buffers())})
+    failures: list[str] = []
+    twin, memo = _twin(model, mode)
+    originals = {id(memo[id(module)]): module for _, module in walk(model)}
+    fakes = {id(memo[id(p)]): p for p in model.parameters()}
+    runs: dict[nn.Module, int] = {}
+    for module in twin.modules():
+        module.register_forward_pre_hook(partial(_note_run, runs, originals), prepend=True)
+    for make_call in calls:
+        runs.clear()
+        with mode:
+            args, kwargs = make_call()
+        try:
+            with mode, guard:
+                args, kwargs = tree_map_only(torch.Tensor, partial(_fake, mode), (args, kwargs))
+                output = twin(*args, **kwargs)
+        except fatal:
+            raise
+        except Exception as error:  # noqa: BLE001  # whatever a model raises says that this input does not fit
+            failures.append(f"{_first_line(error)} on {_shapes(args, kwargs)}")
+            continue
+        traced = _read(_tensors(output), fakes, runs)
+        if traced.uses:
+            if example_input is None:
+                _refuse_half(model, traced, args, kwargs)
+            return traced
+        failures.append(f"an output that depends on no parameter on {_shapes(args, kwargs)}")
     raise TraceError(
         f"`model` must run forward on an example input, got {failures[0] if failures else 'none to try'}; "
         "pass example_input=, a tensor, a tuple of arguments or a dict of keyword arguments that the model accepts, "
         "or name the blocks with patterns="
     )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch from logging the tracebacks of attempts that do not fit."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
+
+
+def _pattern(model: nn.Module) -> str:
+    """A regex for the first part of the longest list of modules."""
+    lists = [(len(module), name) for name, module in walk(model) if isinstance(module, nn.ModuleList)]
+    return re.escape(max(lists, default=(0, "layers"))[1] + ".0.")
+
+
+def _refuse_half(model: nn.Module, traced: Trace, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """A guess may run half a model, as text alone does where an image may come too; the rest would be in no block."""
+    modalities = getattr(model, "input_modalities", ())  # transformers: what the model takes
+    if isinstance(modalities, str) or len(modalities) == 1:
+        return
+    taken = inspect.signature(model.forward).parameters
+    given = {*list(taken)[: len(args)], *kwargs}
+    left = [
+        key for key, one in taken.items() if key not in given and one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL)
+    ]
+    idle = [
+        name
+        for name, module in walk(model)
+        if module not in traced.runs
+        and any(True for _ in module.parameters(recurse=False))
+        and traced.uses.keys().isdisjoint(module.parameters())
+    ]
+    if left and idle:
+        raise TraceError(
+            f"`model` must run as a whole, got {_shapes(args, kwargs)} as a guess, which leaves out {idle[0]!r} (and "
+            f"{len(idle) - 1} more), as well as {_some(left)}; pass example_input=, a tuple of arguments or a dict of "
+            "keyword arguments with all that the model is to be trained on, or name the blocks with patterns="
+        )
+
+
+def _some(names: list[str]) -> str:
+    most = 4
+    return ", ".join(f"{name}=" for name in names[:most]) + (", ..." if len(names) > most else "")
 
 
 def _twin(model: nn.Module, mode: FakeTensorMode) -> tuple[nn.Module, dict[int, Any]]:
@@ -174,6 +275,8 @@ def _twin(model: nn.Module, mode: FakeTensorMode) -> tuple[nn.Module, dict[int, 
         for flag in ("grad_checkpointing", "gradient_checkpointing"):
             if getattr(module, flag, False) is True:
                 setattr(module, flag, False)  # a reentrant checkpoint hides its inside from the graph
+        if getattr(vars(module).get("config"), "_experts_implementation", None) == "grouped_mm":
+            module.config._experts_implementation = "batched_mm"  # type: ignore[union-attr]  # noqa: SLF001  # the other has no fake kernel in float32
     return twin, memo
 
 
@@ -218,7 +321,9 @@ def _is_structural(hook: Any, members: set[int]) -> bool:
     while isinstance(hook, partial):
         hook = hook.func
     owner = getattr(hook, "__self__", hook)
-    return id(owner) in members or type(owner).__module__.split(".")[0] == "torch"
+    # transformers captures outputs in plain functions, which hold no module.
+    home = getattr(owner, "__module__", None) or type(owner).__module__
+    return id(owner) in members or home.split(".")[0] in {"torch", "transformers"}
 
 
 def _note_run(runs: dict[nn.Module, int], originals: dict[int, nn.Module], module: nn.Module, _: Any) -> None:
@@ -226,22 +331,31 @@ def _note_run(runs: dict[nn.Module, int], originals: dict[int, nn.Module], modul
         runs.setdefault(originals[id(module)], torch._C._autograd._get_sequence_nr())  # noqa: SLF001
 
 
-def _uses(outputs: Iterable[torch.Tensor]) -> dict[int, int]:
-    """For each leaf that the outputs depend on, by id, the least sequence number of the operations that consume it."""
-    uses: dict[int, int] = {}
+def _read(
+    outputs: Iterable[torch.Tensor], parameters: Mapping[int, nn.Parameter], runs: Mapping[nn.Module, int]
+) -> Trace:
+    """The trace behind outputs, of the parameters whose copies have these ids."""
     stack = [output.grad_fn for output in outputs if output.grad_fn is not None]
-    seen = set(stack)
+    nodes = set(stack)
+    consumed: dict[Any, list[nn.Parameter]] = {}
     while stack:
         node = stack.pop()
         for source, _ in node.next_functions:
             leaf = getattr(source, "variable", None)
-            if leaf is not None:
-                position = node._sequence_nr()  # noqa: SLF001
-                uses[id(leaf)] = min(position, uses.get(id(leaf), position))
-            elif source is not None and source not in seen:
-                seen.add(source)
+            if leaf is not None and id(leaf) in parameters:
+                consumed.setdefault(node, []).append(parameters[id(leaf)])
+            elif leaf is None and source is not None and source not in nodes:
+                nodes.add(source)
                 stack.append(source)
-    return uses
+    ordered = sorted(nodes, key=lambda node: node._sequence_nr())  # noqa: SLF001
+    index = {node: i for i, node in enumerate(ordered)}
+    numbers = [node._sequence_nr() for node in ordered]  # noqa: SLF001
+    uses: dict[nn.Parameter, int] = {}
+    for node in ordered:
+        for parameter in consumed.get(node, ()):
+            uses.setdefault(parameter, index[node])
+    inputs = [[index[source] for source, _ in node.next_functions if source in index] for node in ordered]
+    return Trace(uses, {module: bisect_left(numbers, run) for module, run in runs.items()}, inputs)
 
 
 def _tensors(output: Any) -> Iterator[torch.Tensor]:
