@@ -212,7 +212,10 @@ def test_fastai_equals_the_plain_loop(tmp_path: Path) -> None:
 @pytest.mark.parametrize("epoch", range(1, EPOCHS))
 @pytest.mark.parametrize("own_rates", [True, False])
 def test_fastai_resumes(tmp_path: Path, epoch: int, own_rates: bool) -> None:
-    """`load` after the unfreezer's own, and `fit` with a rate for each group, not with one for all, go on to the bit."""
+    """`load` after the unfreezer's own, and `fit` with a rate for each group go on to the bit.
+
+    With one rate for all a block that is still to join is refused, and where none is the run is another one.
+    """
     core = pytest.importorskip("fastai.callback.core")
     first = make()
     unfreezer = unfreezer_of(*first)
@@ -234,10 +237,16 @@ def test_fastai_resumes(tmp_path: Path, epoch: int, own_rates: bool) -> None:
     unfreezer.load_state_dict(saved[0])
     learner.load("last")
     scheduler.load_state_dict(saved[1])
-    fit(learner, [group["lr"] for group in optimizer.param_groups] if own_rates else 0.01, start_epoch=epoch)
     if own_rates:
+        fit(learner, [group["lr"] for group in optimizer.param_groups], start_epoch=epoch)
         assert_equal(objects, plain_loop())
+    elif any(start >= epoch for start, _ in unfreezer.schedule.transitions()):
+        with pytest.raises(
+            ValueError, match="`lr_schedulers` must be what sets the learning rate, got a template at 0.01"
+        ):
+            fit(learner, 0.01, start_epoch=epoch)
     else:
+        fit(learner, 0.01, start_epoch=epoch)
         with pytest.raises(AssertionError):
             assert_equal(objects, plain_loop())
 
