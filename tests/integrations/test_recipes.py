@@ -242,7 +242,7 @@ def test_fastai_resumes(tmp_path: Path, epoch: int, own_rates: bool) -> None:
         assert_equal(objects, plain_loop())
     elif any(start >= epoch for start, _ in unfreezer.schedule.transitions()):
         with pytest.raises(
-            ValueError, match="`lr_schedulers` must be what sets the learning rate, got a template at 0.01"
+            ValueError, match=r"`lr_schedulers` must be what sets the learning rate, got a template at 0.01"
         ):
             fit(learner, 0.01, start_epoch=epoch)
     else:
