@@ -18,10 +18,10 @@ from unfreeze_sched.model import Block
 from unfreeze_sched.model.block import validate_blocks
 from unfreeze_sched.model.freezing import Norms, hold_in_eval, norms_of, release, set_requires_grad
 from unfreeze_sched.optimizer import GroupChange, OptimizerRebuilder, admission
-from unfreeze_sched.optimizer.groups import take_out, why_no_rate
+from unfreeze_sched.optimizer.groups import innermost, take_out, why_no_rate
 from unfreeze_sched.optimizer.rebuilder import UNCHANGED, Membership, OnRefreeze, Scale
 from unfreeze_sched.optimizer.subsets import Overrides
-from unfreeze_sched.optimizer.watch import Probe
+from unfreeze_sched.optimizer.watch import Probe, Unapplied
 from unfreeze_sched.schedule import MEDIUM, Preset, UnfreezeSchedule
 
 log = logging.getLogger("unfreeze_sched")
@@ -130,6 +130,7 @@ class ProgressiveUnfreezer:
         self._seen_groups: list[dict[str, Any]] | None = None
         self._seen_length = 0
         self._has_changed = False
+        self._unapplied: Unapplied | None = Unapplied(innermost(optimizer))
 
     @classmethod
     def from_model(
@@ -183,6 +184,9 @@ class ProgressiveUnfreezer:
             TypeError: An argument of the wrong type.
             ValueError: An argument out of range, or an optimizer with a group of blocks alone at a rate of its own.
 
+        Warns:
+            UserWarning: Parameters are trainable and in neither a block nor the optimizer.
+
         Example:
             >>> import torch
             >>> net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
@@ -208,7 +212,7 @@ class ProgressiveUnfreezer:
         if blocks is not None and head is not None:
             raise ValueError("`head` must be left out where blocks are given, got both; what is in no block is head")
         blocks = encoder_blocks(model, head=head) if blocks is None else validate_blocks(blocks)
-        return cls.taking_out(
+        unfreezer = cls.taking_out(
             blocks,
             optimizer,
             UnfreezeSchedule(preset=preset, total_blocks=len(blocks), total_epochs=total),
@@ -224,6 +228,15 @@ class ProgressiveUnfreezer:
             probe=probe,
             caps=caps,
         )
+        held = {id(parameter) for block in blocks for parameter in block.parameters()}
+        held.update(id(parameter) for group in optimizer.param_groups for parameter in group["params"])
+        if left := [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]:
+            warn(
+                f"`optimizer` should hold what trains outside of the blocks, got {listed(left, most=3)} in neither: a "
+                "clip of the model's gradients counts theirs, and no step uses them; freeze them, or give them to the "
+                "optimizer"
+            )
+        return unfreezer
 
     @classmethod
     def taking_out(
@@ -312,7 +325,7 @@ class ProgressiveUnfreezer:
                 release(self._norms[index])
         groups = self.rebuilder.optimizer.param_groups
         self._applied, self._seen_groups, self._seen_length = (number, reached), groups, len(groups)
-        self._has_changed = True
+        self._has_changed, self._unapplied = True, None
         return change
 
     def _to_visit(self, number: int, reached: int) -> range:

@@ -265,7 +265,7 @@ def test_a_block_in_the_optimizer_is_refused() -> None:
     optimizer = torch.optim.AdamW(net.parameters())
     with pytest.raises(
         ValueError,
-        match=r"`optimizer` must not hold parameters of the blocks yet, got blocks.0.0.weight and 11 more; build it",
+        match=r"`optimizer` must not hold parameters of the blocks yet, got blocks.0.0.weight and 11 more; if they are the head's, say so: encoder_blocks\(model, head=\[\.\.\.\]\); if not, build it without them, or let ProgressiveUnfreezer.from_model take them out",
     ):
         OptimizerRebuilder(optimizer, net.make_blocks())
 

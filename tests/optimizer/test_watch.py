@@ -267,6 +267,7 @@ def test_a_step_left_out_by_the_scaler_is_no_accumulation() -> None:
     unfreezer.apply(1)
 
 
+@pytest.mark.filterwarnings("ignore:`apply` should be called")
 def test_at_most_one_small_gradient_is_kept() -> None:
     """What tells an accumulation from a used gradient holds on to no more than the smallest one."""
     net, optimizer, _ = make()

@@ -516,7 +516,7 @@ def test_a_head_tied_to_the_embedding() -> None:
     schedule = UnfreezeSchedule(preset=RISING.preset, total_blocks=len(blocks), total_epochs=4)
     refused = torch.optim.AdamW(model.cls.parameters())
     text = "`optimizer` must not hold parameters of the blocks yet, got bert.embeddings.word_embeddings.weight; "
-    with pytest.raises(ValueError, match=f"^{re.escape(text)}build it from the other parameters alone"):
+    with pytest.raises(ValueError, match=f"^{re.escape(text)}if they are the head's, say so: encoder_blocks"):
         ProgressiveUnfreezer(blocks, refused, schedule, None)
     encoder = {p for block in blocks for p in block.parameters()}
     optimizer = torch.optim.AdamW([p for p in model.cls.parameters() if p not in encoder])

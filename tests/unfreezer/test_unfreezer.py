@@ -352,6 +352,7 @@ def test_function_lambdas_survive_a_resume() -> None:
         scheduler = lr_scheduler.LambdaLR(optimizer, halve)
         runs.append((optimizer, scheduler, ProgressiveUnfreezer(net.make_blocks(), optimizer, RATE, [scheduler])))
     optimizer, scheduler, unfreezer = runs[0]
+    unfreezer.apply(0)
     step_both(optimizer, scheduler)
     unfreezer.apply(3)
     step_both(optimizer, scheduler)

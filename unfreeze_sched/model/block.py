@@ -15,13 +15,13 @@ ADAPTERS = r"pass patterns=[r'layer\.0\..*lora_', ...] to encoder_blocks, one a 
 """The way out where PEFT adapted the model."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, init=False)
 class Block:
     """A named piece of an encoder: modules, or bare parameters such as a ViT's `cls_token`.
 
     Args:
         name: Unique among the blocks of one model; tags the block's param group.
-        members: Modules and parameters, in any number, at least one parameter in all.
+        members: Modules and parameters, in any number, at least one parameter in all; one may stand alone.
         member_names: Qualified names of the members in the model, one each, or nothing where the model is not known.
 
     Raises:
@@ -36,28 +36,37 @@ class Block:
 
     name: str
     members: tuple[nn.Module | nn.Parameter, ...]
-    member_names: tuple[str, ...] = ()
+    member_names: tuple[str, ...]
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.name, str):
-            raise TypeError(f"`name` must be a string, got {self.name!r}; pass Block('layer1', (model.layer1,))")
-        if not self.name:
+    def __init__(
+        self,
+        name: str,
+        members: Iterable[nn.Module | nn.Parameter] | nn.Module | nn.Parameter,
+        member_names: Iterable[str] = (),
+    ) -> None:
+        if not isinstance(name, str):
+            raise TypeError(f"`name` must be a string, got {name!r}; pass Block('layer1', model.layer1)")
+        if not name:
             raise ValueError("`name` must not be empty, got ''; name the block after what it holds, such as 'layer1'")
-        object.__setattr__(self, "members", tuple(self.members))
-        for member in self.members:
+        held = (members,) if isinstance(members, (nn.Module, nn.Parameter)) else tuple(members)
+        for member in held:
             if not isinstance(member, (nn.Module, nn.Parameter)):
                 raise TypeError(
-                    f"`members` of block {self.name!r} must be modules or parameters, got {type(member).__name__}; "
+                    f"`members` of block {name!r} must be modules or parameters, got {type(member).__name__}; "
                     "pass the modules themselves, not their names"
                 )
-        if self.member_names and len(self.member_names) != len(self.members):
+        named = tuple(member_names)
+        if named and len(named) != len(held):
             raise ValueError(
-                f"`member_names` of block {self.name!r} must name each of its {len(self.members)} members, "
-                f"got {len(self.member_names)} names; leave them out where the model is not known"
+                f"`member_names` of block {name!r} must name each of its {len(held)} members, got {len(named)} names; "
+                "leave them out where the model is not known"
             )
+        object.__setattr__(self, "name", name)
+        object.__setattr__(self, "members", held)
+        object.__setattr__(self, "member_names", named)
         if not any(True for _ in self.parameters()):
             raise ValueError(
-                f"`members` of block {self.name!r} must hold a parameter, got {len(self.members)} members without any; "
+                f"`members` of block {name!r} must hold a parameter, got {len(held)} members without any; "
                 "leave the block out"
             )
 

@@ -163,8 +163,9 @@ def refuse_members(optimizer: Optimizer, blocks: Iterable[Block]) -> None:
             )
     if strangers:
         raise ValueError(
-            f"`optimizer` must not hold parameters of the blocks yet, got {listed(strangers)}; "
-            "build it from the other parameters alone, such as the head's"
+            f"`optimizer` must not hold parameters of the blocks yet, got {listed(strangers)}; if they are the head's, "
+            "say so: encoder_blocks(model, head=[...]); if not, build it without them, or let "
+            "ProgressiveUnfreezer.from_model take them out"
         )
 
 

@@ -211,7 +211,7 @@ class OptimizerRebuilder:
         for left in leaving:
             for group in self._groups_of(left):
                 groups.leave(self.optimizer, group, left.parameters)
-        for subset in self._subsets(changed):
+        for subset in self._subsets(sorted(changed)):  # in the same order on all ranks
             self.first_step.watch(subset.named)
         return GroupChange(
             tuple(chain.from_iterable(subset.names for subset, _ in joining)),

@@ -171,6 +171,22 @@ class StepHooks:
         return (watcher for reference in tuple(self._watchers) if (watcher := reference()) is not None)
 
 
+class Unapplied(Watcher):
+    """Warns, once, where an optimizer steps before the unfreezer was applied: let go of it when it is."""
+
+    has_warned = False
+
+    def before_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Warn at the first step."""
+        del args, kwargs
+        if not self.has_warned:
+            self.has_warned = True
+            warn(
+                "`apply` should be called before the epoch is trained, got a step of the optimizer before any; begin "
+                "each epoch with unfreezer.apply(epoch)"
+            )
+
+
 class Accumulation(Watcher):
     """Tells gradients of an accumulation that is not over from gradients that the last step has used.
 
