@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,8 +19,14 @@ from torch.optim import lr_scheduler
 
 from unfreeze_sched import Block, ProgressiveUnfreezer, RatePreset, UnfreezeSchedule, encoder_blocks
 
-# Dynamo itself looks at the `.grad` of a compiled stage's input.
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+pytestmark = [
+    pytest.mark.skipif(
+        not {"recompile_limit", "isolate_recompiles"} <= inspect.signature(torch.compile).parameters.keys(),
+        reason="torch.compile takes recompile_limit from torch 2.12 on, isolate_recompiles from 2.13 on",
+    ),
+    # Dynamo itself looks at the `.grad` of a compiled stage's input.
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+]
 
 STAGES = 12
 SCHEDULE = UnfreezeSchedule(

@@ -98,6 +98,7 @@ def make_trainer(root: Path, model: nn.Module, callback: Any, **arguments: Any) 
         "report_to": [],
         "disable_tqdm": True,
         "use_cpu": True,
+        "optim": "adamw_torch_fused",  # the default only from torch 2.8 on
         "logging_strategy": "no",
         "dataloader_pin_memory": False,
         **arguments,
@@ -175,6 +176,8 @@ def assert_equal(model: nn.Module, optimizer: Any, other: nn.Module, other_optim
 )
 def test_a_run_equals_the_plain_loop(tmp_path: Path, make: Any, unit: Any, preset: Any, accumulate: int) -> None:
     """Through three transitions, by epochs or by steps, the Trainer's run is the plain loop's, to the bit."""
+    if accumulate > 1 and tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 6):
+        pytest.skip("before transformers 5.6 the Trainer divides an accumulated loss otherwise")
     model, twin = twins(make)
     callback = UnfreezeTrainerCallback(preset, unit=unit)
     trainer = make_trainer(tmp_path, model, callback, gradient_accumulation_steps=accumulate)
@@ -227,10 +230,12 @@ def test_resume_from_its_own_checkpoint(tmp_path: Path, make: Any, unit: Any, st
 def test_the_guide_is_right_about_renamed_weights(tmp_path: Path) -> None:
     """Without the callback too, the Trainer resumes a ViT without its layers' weights; then the guide's caveat can go."""
     model, _ = twins(vit)
+    name = "vit.layers.0.mlp.fc1.weight"
+    if name not in model.state_dict():
+        pytest.skip("before transformers 5.9 a ViT's layers are called in the checkpoint as in the model")
     make_trainer(tmp_path, model, None, max_steps=1, save_strategy="steps", save_steps=1).train()
     fresh = make_trainer(tmp_path, vit(), None, max_steps=1)
     fresh.train(resume_from_checkpoint=True)
-    name = "vit.layers.0.mlp.fc1.weight"
     assert not torch.equal(fresh.model.state_dict()[name], model.state_dict()[name])
 
 
