@@ -120,11 +120,12 @@ class History(Sequence[Transition]):
     def __repr__(self) -> str:
         return f"<History of {len(self)} transition{'s' * (len(self) != 1)}>"
 
-    def add(self, transition: Transition) -> None:
+    def add(self, transition: Transition, given: str = "transition") -> None:
         """Note a transition; the unfreezer calls this, and nobody else.
 
         Args:
             transition: Of the same blocks as those before.
+            given: What a refusal calls it.
 
         Raises:
             TypeError: It is no Transition.
@@ -132,10 +133,6 @@ class History(Sequence[Transition]):
         """
         if not isinstance(transition, Transition):
             raise TypeError(f"`transition` must be a Transition, got {short(transition)}; make one")
-        self._append(transition, "transition")
-
-    def _append(self, transition: Transition, given: str) -> None:
-        """Note a transition of the same blocks; `given` is what a refusal calls it."""
         total = self._transitions[0].total if self._transitions else transition.total
         if transition.total != total:
             raise ValueError(
@@ -175,7 +172,7 @@ class History(Sequence[Transition]):
         loaded = History()
         try:
             for transition in _SAVED.validate_python(saved):
-                loaded._append(transition, "saved")
+                loaded.add(transition, "saved")
         except ValidationError as error:
             first = error.errors()[0]
             where = "".join(f"[{part!r}]" for part in first["loc"])

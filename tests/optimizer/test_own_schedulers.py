@@ -71,7 +71,7 @@ def registered() -> Iterator[None]:
     rates._ROWS.clear()
     rates._ROWS.update(before)
     rates._kind.cache_clear()
-    rates._row_of.cache_clear()
+    rates.row_of.cache_clear()
 
 
 @pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step:UserWarning")  # older torch's own sequence

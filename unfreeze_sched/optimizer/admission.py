@@ -88,7 +88,7 @@ def refuse_optimizer(
     """
     for layer in layers(optimizer):
         name = type(layer).__name__
-        reason = _NEVER.get(class_path(layer))
+        reason = _NEVER.get(class_path(layer.__class__))
         if reason is None and isinstance(vars(layer).get("model"), nn.Module):
             reason = "which reads the model it was made of"
         if reason is not None:
@@ -98,7 +98,7 @@ def refuse_optimizer(
                 f"`optimizer` must share its param groups with the {name} that it wraps, got a "
                 f"{type(optimizer).__name__} with others; set the inner one's param_groups to the outer's"
             )
-        if late and (reason := _ONLY_DECLARED.get(class_path(layer))):
+        if late and (reason := _ONLY_DECLARED.get(class_path(layer.__class__))):
             raise ValueError(
                 f"`membership` must be 'declared' for {name}, {reason}, got 'late'; pass membership='declared'"
             )
@@ -289,10 +289,10 @@ def refuse_schedulers(optimizer: Optimizer, schedulers: Sequence[Any] | None) ->
                 "make the scheduler from the optimizer that is passed here"
             )
         for leaf in rates.leaves(scheduler):
-            if rates.row_of(leaf) is rates.UNKNOWN:
+            if rates.row_of(leaf.__class__) is rates.UNKNOWN:
                 raise TypeError(
-                    f"`lr_schedulers` must be of known classes, got {class_path(leaf)}; say what it keeps for each "
-                    "group, by unfreeze_sched.optimizer.rates.register, or pass membership='declared' and make the "
+                    f"`lr_schedulers` must be of known classes, got {class_path(leaf.__class__)}; say what it keeps for "
+                    "each group, by unfreeze_sched.optimizer.rates.register, or pass membership='declared' and make the "
                     "rebuilder before the scheduler, which then is not passed"
                 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -186,9 +187,10 @@ def take_back(optimizer: Any, size: int, filled: Iterable[dict[str, Any]] = ()) 
         del values[size:]
 
 
-def class_path(thing: Any) -> str:
-    """The full name of an object's class."""
-    return f"{type(thing).__module__}.{type(thing).__qualname__}"
+@cache
+def class_path(cls: Any) -> str:
+    """The full name of a class."""
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _restart(optimizer: Any, group: dict[str, Any], template: dict[str, Any]) -> None:
@@ -214,7 +216,7 @@ def _rate_lists(optimizer: Any) -> Iterator[list[Any]]:
 def _prepare(optimizer: Any, parameters: Sequence[nn.Parameter]) -> None:
     """Make what some optimizers keep for each parameter from their construction on, and not for one that joins."""
     for layer in layers(optimizer):
-        prepare = _PREPARE.get(class_path(layer))
+        prepare = _PREPARE.get(class_path(layer.__class__))
         if prepare is not None:
             prepare(layer, parameters)
 

@@ -24,6 +24,8 @@ from torch import Tensor
 from torch.optim.lr_scheduler import ChainedScheduler, MultiplicativeLR, ReduceLROnPlateau, SequentialLR
 from torch.optim.swa_utils import SWALR
 
+from unfreeze_sched.optimizer.groups import class_path
+
 Rate = float | Tensor
 RateMap = Callable[[Rate], Rate]
 
@@ -126,21 +128,17 @@ def register(
     """
     if not isinstance(cls, type):
         raise TypeError(f"`cls` must be a class, got {type(cls).__name__}; pass the scheduler's class itself")
-    _ROWS[_path(cls)] = _Row(
+    _ROWS[class_path(cls)] = _Row(
         tuple(scaled_lists), tuple(copied_lists), tuple(scaled_keys), tuple(floors), restarts=restarts
     )
     _kind.cache_clear()
-    _row_of.cache_clear()
-
-
-def row_of(scheduler: Any) -> _Row:
-    """What a scheduler keeps for each group; `UNKNOWN` where that is not known, and for sequences and chains."""
-    return _row_of(scheduler.__class__)
+    row_of.cache_clear()
 
 
 @cache
-def _row_of(cls: Any) -> _Row:
-    return _ROWS.get(_path(_kind(cls)), UNKNOWN)
+def row_of(cls: Any) -> _Row:
+    """What a class of schedulers keeps for each group; `UNKNOWN` where nobody said, and for sequences and chains."""
+    return _ROWS.get(class_path(_kind(cls)), UNKNOWN)
 
 
 @cache
@@ -156,16 +154,12 @@ def _kind(cls: Any) -> Any:
         'LambdaLR'
     """
     for base in cls.__mro__:
-        if _path(base) in _ROWS or base in _COMPOSITES:
+        if class_path(base) in _ROWS or base in _COMPOSITES:
             return base
         inherited = {name for parent in base.__mro__[1:-1] for name in vars(parent)}
         if {name for name in vars(base) if not name.startswith("__")} & inherited - {"state_dict", "load_state_dict"}:
             break  # it may compute something else, and a guess would be silently wrong
     return cls
-
-
-def _path(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def has_lost(group: Mapping[str, Any], template: Mapping[str, Any], ratio: float, *, declared: bool) -> bool:
@@ -254,7 +248,7 @@ def _along(scheduler: Any, index: int, ratio: float) -> RateMap | None:
     if not any(_floor(leaf) for leaf in _had_a_say(scheduler)):
         return _times(ratio)
     leaf = _followed(scheduler)
-    if leaf is None or row_of(leaf) is _TIMM:
+    if leaf is None or row_of(leaf.__class__) is _TIMM:
         return _past_floor(scheduler, index, ratio)
     floor, base = _floor(leaf), leaf.base_lrs[index]
     if not floor or leaf.last_epoch <= 0:
@@ -274,7 +268,7 @@ def _past_floor(scheduler: Any, index: int, ratio: float) -> RateMap | None:
         return None
     place = _place(scheduler)
     before, present = scheduler._schedulers[place - 1 : place + 1]  # noqa: SLF001  # torch has no public name for them
-    along = _along(before, index, ratio) if place == 1 or row_of(before).restarts else None
+    along = _along(before, index, ratio) if place == 1 or row_of(before.__class__).restarts else None
     if along is None:
         return None
     left: Any = before.get_last_lr()[index]
@@ -315,7 +309,7 @@ def _had_a_say(scheduler: Any) -> Iterator[Any]:
 
 def _stands_at_first(leaf: Any, template: dict[str, Any], index: int, ratio: float) -> bool:
     """Whether a scheduler still stands at its first value, or gives a joining group what it would give there."""
-    if row_of(leaf) is _TIMM:
+    if row_of(leaf.__class__) is _TIMM:
         # timm's keep no count. At its base value any of them stands as at first, but WSD clamps low rates later on.
         base = leaf.base_values[index]
         clamps = _kind(leaf.__class__).__name__ == "WSDLRScheduler" and base * ratio < leaf.lr_min
@@ -347,7 +341,7 @@ def join(scheduler: Any, groups: int, index: int, ratio: float, rate: RateMap) -
     """
     scheduler = unwrapped(scheduler)
     for part in _with_inner(scheduler):
-        row = row_of(part)
+        row = row_of(part.__class__)
         if row is _TIMM:
             scaled = ("base_values", "restore_lr", *(("warmup_steps",) if part.warmup_t else ()))
             copied: tuple[str, ...] = () if part.warmup_t else ("warmup_steps",)
@@ -373,7 +367,7 @@ def join(scheduler: Any, groups: int, index: int, ratio: float, rate: RateMap) -
 def leave(scheduler: Any, groups: int) -> None:
     """Take back what `join` gave for groups from the 0-based place `groups` on."""
     for part in _with_inner(unwrapped(scheduler)):
-        row = row_of(part)
+        row = row_of(part.__class__)
         for name in ("base_lrs", "_last_lr", *row.scaled_lists, *row.copied_lists):
             values = getattr(part, name, None)
             if values is not None:
@@ -385,7 +379,7 @@ def scaled_keys(schedulers: Sequence[Any]) -> tuple[str, ...]:
     keys: dict[str, None] = {}
     for scheduler in map(unwrapped, schedulers):
         for leaf in leaves(scheduler):
-            keys.update(dict.fromkeys(row_of(leaf).scaled_keys))
+            keys.update(dict.fromkeys(row_of(leaf.__class__).scaled_keys))
     return tuple(keys)
 
 
@@ -410,18 +404,18 @@ def _present(sequential: Any) -> tuple[int, bool]:
     """The place of a sequence's present part, and whether that has taken over with rates of its own."""
     place = _place(sequential)
     present = sequential._schedulers[place]  # noqa: SLF001  # likewise
-    return place, place > 0 and row_of(present).restarts
+    return place, place > 0 and row_of(present.__class__).restarts
 
 
 def _floor(leaf: Any) -> float:
-    row = row_of(leaf)
+    row = row_of(leaf.__class__)
     if row is _TIMM:
         return getattr(leaf, "lr_min", 0.0) or _warms_up_from(leaf)
     return next((getattr(leaf, name) for name in row.floors), 0.0)
 
 
 def _warms_up_from(leaf: Any) -> float:
-    return leaf.warmup_lr_init if row_of(leaf) is _TIMM and leaf.warmup_t else 0.0
+    return leaf.warmup_lr_init if row_of(leaf.__class__) is _TIMM and leaf.warmup_t else 0.0
 
 
 def _warmup_step(scheduler: Any) -> float:
