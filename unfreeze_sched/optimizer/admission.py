@@ -291,9 +291,9 @@ def refuse_schedulers(optimizer: Optimizer, schedulers: Sequence[Any] | None) ->
         for leaf in rates.leaves(scheduler):
             if rates.row_of(leaf.__class__) is rates.UNKNOWN:
                 raise TypeError(
-                    f"`lr_schedulers` must be of known classes, got {class_path(leaf.__class__)}; say what it keeps for "
-                    "each group, by unfreeze_sched.optimizer.rates.register, or pass membership='declared' and make the "
-                    "rebuilder before the scheduler, which then is not passed"
+                    f"`lr_schedulers` must be of known classes, got {class_path(leaf.__class__)}; say what it keeps "
+                    "for each group, by unfreeze_sched.optimizer.rates.register, or pass membership='declared' and "
+                    "make the rebuilder before the scheduler, which then is not passed"
                 )
 
 
