@@ -166,7 +166,7 @@ class OptimizerRebuilder:
         # Nothing is refused from here on, so that no hook of a refused rebuilder stays behind.
         self._carry_out(declared)
         stepping = groups.innermost(optimizer)
-        self.owners = Owners(self.blocks, [list(chain(*(each.named for each in own))) for own in self.subsets])
+        self.owners = Owners(self.blocks)
         self.accumulation = Accumulation(stepping, self._template)
         self.first_step = FirstStep(stepping, probe)
         self._warmup = Warmup(stepping, warmup_steps) if warmup_steps else None
@@ -195,7 +195,8 @@ class OptimizerRebuilder:
         if not self.owners.are_whole(indices):
             for index in indices:
                 admission.refuse_replaced(self.owners.replaced(index))
-                admission.refuse_orphans(self.owners.orphans(index))
+                named = chain.from_iterable(subset.named for subset in self.subsets[index])
+                admission.refuse_orphans(self.owners.orphans(index, named))
         joining, leaving = self._diff(indices, reached)
         changed = {*flipped, *(subset.block for subset, _ in joining)}
         if not changed and not leaving:

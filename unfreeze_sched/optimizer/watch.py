@@ -35,19 +35,17 @@ class Owners:
 
     Args:
         blocks: The blocks, shallow to deep.
-        named: The parameters of each block, by name.
 
     Example:
         >>> layer = nn.Linear(2, 2)
-        >>> owners = Owners([Block("first", (layer,))], [list(layer.named_parameters())])
+        >>> owners, named = Owners([Block("first", layer)]), list(layer.named_parameters())
         >>> layer.weight = nn.Parameter(layer.weight.detach().clone())
-        >>> owners.are_in_place(), owners.orphans(0)
+        >>> owners.are_in_place(), owners.orphans(0, named)
         (False, ['weight'])
     """
 
-    def __init__(self, blocks: Sequence[Block], named: Sequence[Sequence[Named]]) -> None:
+    def __init__(self, blocks: Sequence[Block]) -> None:
         self._blocks = blocks
-        self._named = named
         self._held = [_held(block) for block in blocks]
         self._inside = [
             [(module, dict(module._modules)) for module in block.modules() if module._modules]  # noqa: SLF001  # likewise
@@ -83,10 +81,10 @@ class Owners:
             if was.get(key) is not module._modules.get(key)  # noqa: SLF001  # likewise
         ]
 
-    def orphans(self, index: int) -> list[str]:
+    def orphans(self, index: int, named: Iterable[Named]) -> list[str]:
         """The names of parameters that the block holds no more; a parametrization keeps its in another module."""
         inside = set(map(id, self._blocks[index].parameters()))
-        return [name for name, parameter in self._named[index] if id(parameter) not in inside]
+        return [name for name, parameter in named if id(parameter) not in inside]
 
 
 def _held(block: Block) -> list[_Held]:
