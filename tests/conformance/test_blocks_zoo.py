@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -309,6 +310,8 @@ def check(case: Case, blocks: int | None) -> None:
 @pytest.mark.parametrize("name", quick(SMP))
 def test_smp_models(name: str) -> None:
     """An smp model's blocks are its encoder's stages, and the oracle agrees at every step of unfreezing."""
+    if name.startswith("tu-") and not timm.is_model(name.removeprefix("tu-")):
+        pytest.skip(f"this timm has no {name}")
     check(segmenter(name), SMP[name])
 
 
@@ -366,10 +369,15 @@ def test_torchvision_segmentation_and_detection() -> None:
 # --- drawn at random
 
 
-def sizes(names: Sequence[str]) -> Iterator[tuple[str, int]]:
+def sizes(names: Sequence[str]) -> Iterator[tuple[str, float]]:
     for name in names:
-        with torch.device("meta"):
-            yield name, sum(parameter.numel() for parameter in timm.create_model(name).parameters())
+        try:
+            with torch.device("meta"):
+                model = timm.create_model(name)
+        except RuntimeError:  # older timm reads tensors while it builds, so that it takes memory to know
+            yield name, math.inf
+        else:
+            yield name, sum(parameter.numel() for parameter in model.parameters())
 
 
 def drawn(names: Sequence[str], count: int) -> list[str]:
@@ -410,7 +418,7 @@ def test_many_timm_models(name: str) -> None:
     """Of 150 models drawn from timm's registry, each that is not too large to run passes the oracle."""
     ((_, size),) = sizes([name])
     if size > 40_000_000:
-        pytest.skip("too large for a real backward pass")
+        pytest.skip("too large for a real backward pass, or of a size that this timm does not tell")
     check(timm_model(name), None)
 
 
