@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import weakref
 from typing import Any
 
 import pytest
@@ -75,3 +76,35 @@ def test_a_copy_of_a_run_works_on(way: str) -> None:
     assert differences(run[0].state_dict(), copied[0].state_dict()) == []
     assert copied[1].param_groups[1][WARMUP_KEY] == [5, 5]
     assert hooks_of(copied[1]) == (1, 1)
+
+
+def test_a_run_that_is_dropped_in_a_warm_up_is_freed() -> None:
+    """The warm-up outlives its unfreezer, and not its optimizer: nothing of this package keeps a model in memory."""
+    net = Net(2)
+    optimizer = torch.optim.SGD(net.head.parameters(), lr=0.1)
+    OptimizerRebuilder(optimizer, net.make_blocks(), warmup_steps=9).sync()
+    optimizer.step()
+    assert hooks_of(optimizer) == (1, 1)
+    gone = weakref.ref(optimizer), weakref.ref(net)
+    del net, optimizer
+    gc.collect()
+    assert [reference() for reference in gone] == [None, None]
+
+
+def test_a_warm_up_that_ends_without_its_unfreezer_leaves_other_hooks_alone() -> None:
+    """Its last watcher goes within a step, while torch walks the hooks; those of others that follow run at each step."""
+    net = Net(1)
+    optimizer = torch.optim.SGD(net.head.parameters(), lr=0.1)
+    OptimizerRebuilder(optimizer, net.make_blocks(), warmup_steps=2).sync()
+    calls: list[str] = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    for _ in range(5):
+        optimizer.step()
+    assert calls == ["before", "after"] * 5
+    assert optimizer.param_groups[1][WARMUP_KEY] == [2, 2]
+    kept = OptimizerRebuilder(optimizer, net.make_blocks())
+    assert hooks_of(optimizer) == (2, 2)
+    del kept
+    gc.collect()
+    assert hooks_of(optimizer) == (1, 1)

@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import is_
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
 from unfreeze_sched import parallel
-from unfreeze_sched._checks import listed, one_of, warn
+from unfreeze_sched._checks import listed, warn
 from unfreeze_sched.model.block import Block, Named
 from unfreeze_sched.optimizer.admission import refuse_differing
 
@@ -48,7 +48,7 @@ class Owners:
         self._blocks = blocks
         self._held = [_held(block) for block in blocks]
         self._inside = [
-            [(module, dict(module._modules)) for module in block.modules() if module._modules]  # noqa: SLF001  # likewise
+            [(module, dict(module._modules)) for module in block.modules() if module._modules]  # noqa: SLF001  # no public name
             for block in blocks
         ]
         self._firsts = [first for held in self._held if (first := _first(held))]
@@ -66,7 +66,7 @@ class Owners:
             indices: 0-based indices of the blocks to look at.
         """
         return all(
-            all(module._modules == was for module, was in self._inside[index])  # noqa: SLF001  # no public name
+            all(module._modules == was for module, was in self._inside[index])  # noqa: SLF001  # likewise
             and all(len(own) == len(was) and all(map(is_, own.values(), was)) for own, was in self._held[index])
             for index in indices
         )
@@ -108,7 +108,7 @@ class Watcher:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
-        StepHooks.of.setdefault(optimizer, StepHooks()).add(self, optimizer)
+        self.hooks.add(self, optimizer)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """In a copy: an optimizer leaves its hooks behind."""
@@ -118,7 +118,7 @@ class Watcher:
     @property
     def hooks(self) -> StepHooks:
         """Those of the optimizer."""
-        return StepHooks.of[self._optimizer]
+        return StepHooks.on(self._optimizer)
 
     def before_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A step begins; what is returned takes the place of its arguments, unless it is None."""
@@ -128,14 +128,29 @@ class Watcher:
 
 
 class StepHooks:
-    """The one pair of hooks on an optimizer, whoever looks on; it goes when the last watcher has gone."""
+    """The one pair of hooks on an optimizer, whoever looks on; it goes when the last watcher has gone.
 
-    of: ClassVar[WeakKeyDictionary[Optimizer, StepHooks]] = WeakKeyDictionary()
+    Where that happens within a step it stays, idle, until another has come and gone: torch walks the hooks then.
+    """
+
+    # Weak on both sides: the optimizer's own tables keep the hooks, so that a busy watcher keeps no optimizer alive.
+    _of: ClassVar[WeakKeyDictionary[Optimizer, ref[StepHooks]]] = WeakKeyDictionary()
 
     def __init__(self) -> None:
         self.busy: set[Watcher] = set()  # kept alive, since they have begun something
         self._watchers: list[ref[Watcher]] = []
         self._handles: list[Any] = []
+        self._in_step = False
+
+    @classmethod
+    def on(cls, optimizer: Optimizer) -> StepHooks:
+        """Those of an optimizer; new ones, where nobody looks on, last as long as somebody does."""
+        known = cls._of.get(optimizer)
+        hooks = None if known is None else known()
+        if hooks is None:
+            hooks = cls()
+            cls._of[optimizer] = ref(hooks)
+        return hooks
 
     def add(self, watcher: Watcher, optimizer: Optimizer) -> None:
         """Let a watcher look on, which is not kept alive for it."""
@@ -150,11 +165,11 @@ class StepHooks:
 
     def _forget(self, gone: ref[Watcher]) -> None:
         self._watchers.remove(gone)
-        while not self._watchers and self._handles:
+        while not self._watchers and self._handles and not self._in_step:
             self._handles.pop().remove()
 
     def _before_step(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        given = None
+        self._in_step, given = True, None
         for watcher in self._live():
             changed = watcher.before_step(args, kwargs)
             if changed is not None:
@@ -164,6 +179,7 @@ class StepHooks:
     def _after_step(self, *_: Any) -> None:
         for watcher in self._live():
             watcher.after_step()
+        self._in_step = False
 
     def _live(self) -> Iterator[Watcher]:
         return (watcher for reference in tuple(self._watchers) if (watcher := reference()) is not None)
@@ -237,14 +253,11 @@ class FirstStep(Watcher):
         optimizer: The live optimizer, or what is innermost of its wrappers.
         probe: `"ranks"` also compares the gradients across ranks where a process group is up, by one collective call on
             all ranks; `"local"` looks at this process alone, as local SGD needs; `"off"` does not look.
-
-    Raises:
-        ValueError: `probe` is none of these.
     """
 
     def __init__(self, optimizer: Optimizer, probe: Probe) -> None:
         super().__init__(optimizer)
-        self._probe: Probe = one_of(probe, "probe", get_args(Probe))
+        self._probe = probe
         self._watched: list[Sequence[Named]] = []
 
     def watch(self, named: Sequence[Named]) -> None:
