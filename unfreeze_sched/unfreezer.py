@@ -280,28 +280,25 @@ class ProgressiveUnfreezer:
                 accumulation is not over; likewise.
         """
         with _ONE_AT_A_TIME:
-            return self._apply(epoch)
-
-    def _apply(self, epoch: int) -> GroupChange:
-        number, reached = scheduled, _ = self.schedule.progress_at(epoch)
-        if self.caps:
-            # What the caps held back in the past, the schedule cannot tell.
-            number = min(scheduled, *(cap.cap for cap in self.caps if cap.cap is not None), len(self.blocks))
-            reached = max(number, self._applied[1] if self._applied else 0)
-        is_as_left = (number, reached) == self._applied and self._is_as_left()
-        if is_as_left and not self._has_changed and not self.caps:
-            return UNCHANGED
-        if self._has_changed:  # the loop has trained with that since
-            self._has_changed = False
-            self.rebuilder.warn_of_lost_ratios()
-        is_first = self._applied is None
-        change = UNCHANGED if is_as_left else self._bring_to(number, reached)
-        if is_first and reached < len(self.blocks):
-            self.rebuilder.warn_of_floors()
-        for cap in self.caps:
-            cap.follow(number, len(self.blocks))
-        self._record(int(epoch), number, scheduled)
-        return change
+            number, reached = scheduled, _ = self.schedule.progress_at(epoch)
+            if self.caps:
+                # What the caps held back in the past, the schedule cannot tell.
+                number = min(scheduled, *(cap.cap for cap in self.caps if cap.cap is not None), len(self.blocks))
+                reached = max(number, self._applied[1] if self._applied else 0)
+            is_as_left = (number, reached) == self._applied and self._is_as_left()
+            if is_as_left and not self._has_changed and not self.caps:
+                return UNCHANGED
+            if self._has_changed:  # the loop has trained with that since
+                self._has_changed = False
+                self.rebuilder.warn_of_lost_ratios()
+            is_first = self._applied is None
+            change = UNCHANGED if is_as_left else self._bring_to(number, reached)
+            if is_first and reached < len(self.blocks):
+                self.rebuilder.warn_of_floors()
+            for cap in self.caps:
+                cap.follow(number, len(self.blocks))
+            self._record(int(epoch), number, scheduled)
+            return change
 
     def _is_as_left(self) -> bool:
         """Whether the groups are those that the last call left, none added or loaded, and so are the parameters."""

@@ -317,10 +317,22 @@ def refuse_schedulers(optimizer: Optimizer, schedulers: Sequence[Any] | None) ->
                     "for each group, by unfreeze_sched.optimizer.rates.register, or pass membership='declared' and "
                     "make the rebuilder before the scheduler, which then is not passed"
                 )
-        if misfit := rates.misfit(scheduler, optimizer.param_groups):
+        groups = optimizer.param_groups
+        if any(len(values) != len(groups) for *_, values in rates.rows(scheduler)):
+            refuse_misfit(scheduler, groups)
+
+
+def refuse_misfit(scheduler: Any, groups: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse lists with too many entries for the groups, or too few where nobody can tell the missing ones.
+
+    So they are after a group of the user's own was added or deleted behind the scheduler's back.
+    """
+    for part, name, values in rates.rows(scheduler):
+        missing = [rates.entry_of_own(part, name, group) for group in groups[len(values) :]]
+        if len(values) > len(groups) or None in missing:
             raise ValueError(
-                f"`lr_schedulers` must have an entry for each of the {len(optimizer.param_groups)} groups, got "
-                f"{misfit[1]} in {misfit[0]}: one was added or deleted after the scheduler was made (give the list "
+                f"`lr_schedulers` must have an entry for each of the {len(groups)} groups, got {len(values)} in "
+                f"{type(part).__name__}.{name}: one was added or deleted after the scheduler was made (give the list "
                 "its entry, or make the scheduler when all groups are there), or at a resume the scheduler was loaded "
                 "before the unfreezer; load unfreezer, scheduler, optimizer in this order"
             )

@@ -226,7 +226,9 @@ def joining_rate(
         is_plateau = _kind(leaf.__class__) is ReduceLROnPlateau
         if is_plateau and leaf.last_epoch and not _is_above(leaf, index, float(template["lr"]) * ratio):
             return Floored(leaf, leaf.min_lrs[index])
-    floored = next((leaf for scheduler in schedulers for leaf in _had_a_say(scheduler) if _floor(leaf)), None)
+    floored = next(filter(_floor, all_leaves), None)
+    if floored:  # those to come in a sequence have had no say
+        floored = next((leaf for scheduler in schedulers for leaf in _had_a_say(scheduler) if _floor(leaf)), None)
     if floored is None:
         return _times(ratio)
     along = _along(schedulers[0], index, ratio) if len(schedulers) == 1 else None
@@ -388,7 +390,7 @@ def join(scheduler: Any, groups: Sequence[Mapping[str, Any]], index: int, ratio:
             values = getattr(part, name, None)
             # The length tells a list that was extended already: a composite's `_last_lr` may be its child's.
             if values is not None and len(values) < len(groups):
-                values += [_entry_of_own(part, name, group) for group in groups[len(values) : -1]]
+                values += [entry_of_own(part, name, group) for group in groups[len(values) : -1]]
                 values.append(change(values[index]))
         if row is _TIMM and part.warmup_t and ratio != 1:
             part.warmup_steps[-1] = _warmup_step(part)
@@ -407,28 +409,18 @@ def reorder(scheduler: Any, order: Sequence[int]) -> None:
         values[:] = [values[place] for place in order]
 
 
-def rows(scheduler: Any) -> Iterator[tuple[Any, str, list[Any]]]:
+def rows(scheduler: Any) -> list[tuple[Any, str, list[Any]]]:
     """Whatever list has an entry for each group, of a scheduler and those within it: whose, its name, the list."""
-    for part in _with_inner(unwrapped(scheduler)):
-        row = row_of(part.__class__)
-        for name in ("base_lrs", "_last_lr", *row.scaled_lists, *row.copied_lists):
-            values = getattr(part, name, None)
-            if values is not None:
-                yield part, name, values
+    return [
+        (part, name, values)
+        for part in _with_inner(unwrapped(scheduler))
+        for row in [row_of(part.__class__)]
+        for name in ("base_lrs", "_last_lr", *row.scaled_lists, *row.copied_lists)
+        if (values := getattr(part, name, None)) is not None
+    ]
 
 
-def misfit(scheduler: Any, groups: Sequence[Mapping[str, Any]]) -> tuple[str, int] | None:
-    """A list that has too many entries for the groups, or too few where nobody can tell the missing ones; its length.
-
-    So it is after a group of the user's own was added or deleted behind the scheduler's back.
-    """
-    for part, name, values in rows(scheduler):
-        if len(values) > len(groups) or None in [_entry_of_own(part, name, group) for group in groups[len(values) :]]:
-            return f"{type(part).__name__}.{name}", len(values)
-    return None
-
-
-def _entry_of_own(part: Any, name: str, group: Mapping[str, Any]) -> Any:
+def entry_of_own(part: Any, name: str, group: Mapping[str, Any]) -> Any:
     """What a group that the user added himself would have in a list; None where it is the user's to say."""
     if name in {"base_lrs", "_last_lr"}:
         return group.get("initial_lr" if name == "base_lrs" else "lr", group.get("lr"))
