@@ -19,7 +19,7 @@ All that can be refused is refused before anything is changed.
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
@@ -223,18 +223,22 @@ class OptimizerRebuilder:
         """Warn once where a block's rate is not its share of the template's; schedulers that were passed keep it."""
         if self._warned or (self.lr_schedulers and self.membership == "late"):
             return
+        for group, template, ratio in self.shares():
+            if group["params"] and rates.has_lost(group, template, ratio, declared=self.membership == "declared"):
+                self._warned = True
+                warn(
+                    f"`learning_rate_scale` should hold, {ratio:g} of the template's rate, got "
+                    f"{group[BLOCK_KEY]} at {float(group['lr']):g} beside {float(template['lr']):g}: "
+                    "a loop or scheduler gives all groups one rate; multiply by group['lr_scale'], or give the "
+                    "scheduler a list with one max_lr or base_lr for each group"
+                )
+                return
+
+    def shares(self) -> Iterator[tuple[dict[str, Any], dict[str, Any], float]]:
+        """Each live group of a block, its template's, and the ratio of their learning rates."""
         for subset in self._subsets(self._all()):
-            template, ratio = self.optimizer.param_groups[self._template_of(subset)], self._ratios[subset.block]
             for group in self._groups_of(subset):
-                if group["params"] and rates.has_lost(group, template, ratio, declared=self.membership == "declared"):
-                    self._warned = True
-                    warn(
-                        f"`learning_rate_scale` should hold, {ratio:g} of the template's rate, got "
-                        f"{self.blocks[subset.block].name} at {float(group['lr']):g} beside {float(template['lr']):g}: "
-                        "a loop or scheduler gives all groups one rate; multiply by group['lr_scale'], or give the "
-                        "scheduler a list with one max_lr or base_lr for each group"
-                    )
-                    return
+                yield group, self.optimizer.param_groups[self._template_of(subset)], self._ratios[subset.block]
 
     def learning_rates(self) -> dict[str, float]:
         """The learning rate of each block's group now, by the block's name."""
