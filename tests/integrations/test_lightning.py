@@ -322,6 +322,26 @@ def test_resume_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
     assert_equal(net, run.optimizers[0], whole_net, whole.optimizers[0])
 
 
+def test_a_cap_is_heard_at_the_next_epoch_after_a_resume_too(tmp_path: Path) -> None:
+    """A block that a validation in mid-epoch freed joins when the next epoch starts, not at the resume in between."""
+
+    def run(net: Net, ckpt: Any = None) -> tuple[Any, Any]:
+        caps = [PlateauTrigger(patience=1, min_delta=10.0)]
+        callback = UnfreezeCallback(MilestonePreset(milestones={0: 3}), blocks_of, monitor="val_loss", caps=caps)
+        saver = L.callbacks.ModelCheckpoint(tmp_path / "kept", "{step}", every_n_train_steps=5, save_top_k=-1)
+        run = trainer(tmp_path, callback, callbacks=[saver], enable_checkpointing=True, val_check_interval=2)
+        run.fit(Automatic(net), Resumable(loader().dataset, batch_size=4), loader(), ckpt_path=ckpt)
+        return run, callback.unfreezer
+
+    whole_net, _ = twins()
+    whole, unfreezer = run(whole_net)
+    net = Net()
+    resumed, again = run(net, tmp_path / "kept" / "step=5.ckpt")
+    assert [(past.epoch, past.number) for past in again.history] == [(0, 0), (1, 1), (2, 2), (3, 3)]
+    assert list(again.history) == list(unfreezer.history)
+    assert_equal(net, resumed.optimizers[0], whole_net, whole.optimizers[0])
+
+
 def test_resume_refuses_another_schedule(tmp_path: Path) -> None:
     """A checkpoint of another preset is refused with the difference, and so is one of another length, if it is given."""
     saver = L.callbacks.ModelCheckpoint(tmp_path / "kept")
