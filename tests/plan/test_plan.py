@@ -506,7 +506,7 @@ RESNET = ["--total-epochs", "50", "--encoder", "resnet18"]
         (["--total-epochs", "50", "--encoder", "tu-efficientnet_b99"], "got 'tu-efficientnet_b99'; did you mean efficientnet"),
         (["--total-epochs", "50", "--encoder", "timm-vit_tiny_patch16_224"], "knows, got 'timm-vit_tiny_patch16_224'; did you"),
         (["--total-epochs", "50", "--encoder", "?"], "knows, got '?'; see smp.encoders.get_encoder_names() and timm.list_m"),
-        (["--total-epochs", "50", "--encoder", "hf-hub:timm/resnet18"], "a name that smp or timm knows, got 'hf-hub:timm/r"),
+        (["--total-epochs", "50", "--encoder", "hf-hub:some/resnet18"], "a name that smp or timm knows, got 'hf-hub:some/r"),
         (
             ["--total-epochs", "50", "--encoder", "tu-vit_tiny_patch16_224"],
             "must be one that can be built without weights, got tu-vit_tiny_patch16_224 (ValueError: Unsupported model dow",

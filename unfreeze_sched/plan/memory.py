@@ -6,6 +6,7 @@ The model is built by its name on the meta device, and run on tensors that have 
 from __future__ import annotations
 
 import difflib
+import re
 import warnings
 from collections.abc import Iterable
 from contextlib import suppress
@@ -229,8 +230,9 @@ def _built(name: str, image_size: Size | None) -> tuple[nn.Module, str]:
         with suppress(KeyError), torch.device("meta"), _RealRanges():
             if name in smp_names or (smp and prefix in {"tu", "timm"} and (is_model(rest) or is_model(f"tf_{rest}"))):
                 return smp.Unet(name, encoder_weights=None), "smp.Unet"
-            if is_model(name) and ":" not in name:  # such a prefix asks a hub
-                return _timm_model(timm, name, image_size), "timm"
+            bare = re.sub(r"^(hf[_-]hub:)?timm/", "", name)  # as model cards spell it; only the weights are in the hub
+            if is_model(bare) and ":" not in bare:  # such a prefix asks a hub
+                return _timm_model(timm, bare, image_size), "timm"
     except Exception as error:
         raise ValueError(
             f"`--encoder` must be one that can be built without weights, got {name} ({_first_line(error)}); "

@@ -1,11 +1,13 @@
-"""Images with class-index masks: the embedded sample, or a folder of one's own; the order is a function of a generator.
+"""Images with masks: the embedded sample, or folders of one's own; the order is a function of a generator.
 
 Files are decoded when asked for, so a folder may be large; the embedded sample is kept decoded, as uint8.
 """
 
 import io
+import os
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
@@ -17,14 +19,18 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from unfreeze_sched.distill.command.files import DataError, File, Pair, mask_indices, pairs_of, read_pair
-from unfreeze_sched.distill.loss import IGNORE_INDEX
+from unfreeze_sched.distill.command.files import DataError, File, Pair, Values, as_rgb, read_pair, values_of
+from unfreeze_sched.distill.command.masks import look, settle
+from unfreeze_sched.distill.command.pairs import pairs_of
 
 CLASS_NAMES = ("background", "animal", "food", "vehicle", "face")
 """The embedded sample's classes, by index."""
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+_MANY = 1_000  # images that take a while
+_LARGE = 178_956_970  # pixels: where Pillow warns
 
 Triple = tuple[float, float, float]
 
@@ -34,7 +40,7 @@ class SegmentationData(Dataset[tuple[Tensor, Tensor]]):
     """Images and masks in a fixed order; an item is ``(image, mask)``, normalised, without augmentation.
 
     An image is cut to its central square and scaled to ``image_size`` (bilinear, antialiased); the mask goes the same
-    way, nearest. EXIF rotation is applied to the image. The normalised value is ``(v / 255 - mean) / std``, by band.
+    way, nearest. EXIF rotation is applied. The normalised value is ``(v / 255 - mean) / std``, by band.
 
     Attributes:
         pairs: the files, in order.
@@ -42,6 +48,8 @@ class SegmentationData(Dataset[tuple[Tensor, Tensor]]):
         image_size: side of the square that items have, in pixels.
         mean: by band, R, G, B, for values from 0 to 1.
         std: likewise.
+        meaning: class index, 255, or -1 for none, by value of the masks; None where values are class indices.
+        white: the value of a 16-bit image that becomes 255.
         cache: keeps decoded items when it is a dict; parts of one `split` share it.
 
     Example:
@@ -56,6 +64,8 @@ class SegmentationData(Dataset[tuple[Tensor, Tensor]]):
     image_size: int
     mean: Triple = IMAGENET_MEAN
     std: Triple = IMAGENET_STD
+    meaning: Values | None = None
+    white: int = 2**16 - 1
     cache: dict[str, tuple[Tensor, Tensor]] | None = field(default=None, repr=False)
 
     @property
@@ -86,7 +96,7 @@ class SegmentationData(Dataset[tuple[Tensor, Tensor]]):
             image_size), its values class indices or 255. They are not to be written to.
 
         Raises:
-            DataError: a file is unreadable, or the mask does not fit the image or the classes.
+            DataError: a file is not any more what it was when it was looked at.
         """
         pair = self.pairs[index]
         if self.cache is None:
@@ -100,39 +110,22 @@ class SegmentationData(Dataset[tuple[Tensor, Tensor]]):
         mean, std = (torch.tensor(triple, device=image.device).view(3, 1, 1) for triple in (self.mean, self.std))
         return (image - mean) / std
 
-    def check(self) -> None:
-        """Read every file once, so that a broken one shows before training.
-
-        Raises:
-            DataError: as `raw` does.
-        """
-        for index in range(len(self)):
-            self.raw(index)
-
-    def split(self, validation_fraction: float, seed: int) -> tuple["SegmentationData", "SegmentationData"]:
-        """Part the data in two at random, ``round(validation_fraction * N)`` images going to the second.
+    def split(self, fraction: float, seed: int) -> tuple["SegmentationData", "SegmentationData"]:
+        """Part the data in two at random, ``round(fraction * N)`` images going to the second.
 
         Args:
-            validation_fraction: between 0 and 1, both exclusive; neither part may come out empty.
+            fraction: between 0 and 1.
             seed: 0 or more; the same seed gives the same parts.
 
         Returns:
-            The training and the validation part; each keeps the order of the whole.
-
-        Raises:
-            DataError: a part would be empty.
+            The two parts; each keeps the order of the whole.
 
         Example:
             >>> train, validation = load_sample("train").split(0.1, seed=0)
             >>> len(train), len(validation)
             (360, 40)
         """
-        held = round(validation_fraction * len(self)) if 0 < validation_fraction < 1 else 0
-        if not 0 < held < len(self):
-            raise DataError(
-                f"`validation_fraction` must leave images in both parts of {len(self)}, got {validation_fraction}; "
-                "choose one between 0 and 1, or add images",
-            )
+        held = round(fraction * len(self))
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).tolist()
         parts = sorted(order[held:]), sorted(order[:held])
         train, validation = (replace(self, pairs=tuple(self.pairs[i] for i in part)) for part in parts)
@@ -169,13 +162,16 @@ class SegmentationData(Dataset[tuple[Tensor, Tensor]]):
         return EpochView(self, tuple(order.tolist()), tuple(flips.tolist()), tuple(map(tuple, factors.tolist())))
 
     def _decoded(self, pair: Pair) -> tuple[Tensor, Tensor]:
-        image, indices = read_pair(pair, self.classes)
+        image, mask, _ = read_pair(pair)
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
         box, size = (left, top, left + side, top + side), (self.image_size, self.image_size)
-        pixels = np.array(image.convert("RGB").resize(size, Image.Resampling.BILINEAR, box))
-        mask = np.array(Image.fromarray(indices.astype(np.uint8)).resize(size, Image.Resampling.NEAREST, box))
-        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), torch.from_numpy(mask)
+        pixels = np.array(as_rgb(image, self.white).resize(size, Image.Resampling.BILINEAR, box))
+        values = Image.fromarray(values_of(mask, pair.mask.label)).resize(size, Image.Resampling.NEAREST, box)
+        indices = np.array(values) if self.meaning is None else self.meaning[np.asarray(values)]
+        if indices.min() < 0:
+            raise DataError(f"{pair.mask.label} must stay as it was at the start, got other values; start a new run")
+        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), torch.from_numpy(indices.astype(np.uint8))
 
 
 @dataclass(frozen=True, eq=False)
@@ -240,7 +236,7 @@ def load_sample(
 
     Args:
         split: ``"train"`` or ``"test"``; they share no object and no background.
-        image_size: side of an item in pixels, 1 or more.
+        image_size: side of an item in pixels.
         mean: the encoder's mean by band, for values from 0 to 1.
         std: the encoder's deviation by band.
 
@@ -257,7 +253,6 @@ def load_sample(
     """
     if split not in ("train", "test"):
         raise DataError(f"`split` must be 'train' or 'test', got {split!r}; take 'train' and its .split() to validate")
-    _check_size(image_size)
     stored = (resources.files("unfreeze_sched.distill.command") / "sample" / "sample.zip").read_bytes()
     with zipfile.ZipFile(io.BytesIO(stored)) as archive:
         files = [File(name, archive.read(name)) for name in archive.namelist() if name.startswith(f"{split}/")]
@@ -266,63 +261,80 @@ def load_sample(
     return SegmentationData(pairs, CLASS_NAMES, image_size, mean, std, cache={})
 
 
-def load_folder(
-    path: str | Path,
-    *,
-    classes: int | Sequence[str] | None = None,
+def load_folders(
+    *folders: str | Path,
+    classes: int | None = None,
+    mask_values: Sequence[int] | None = None,
     image_size: int = 256,
     mean: Triple = IMAGENET_MEAN,
     std: Triple = IMAGENET_STD,
-    cache: bool = False,
-) -> SegmentationData:
-    """Load ``path/images/`` with ``path/masks/``: an image and its mask share their stem.
+    tell: Callable[[str], object] = lambda _: None,
+) -> list[SegmentationData]:
+    """Load folders with `images/` and `masks/` each, as "Your data", `your_data.md`, has it.
 
-    Images are .jpg, .jpeg, .png, .webp or .bmp, in any mode; masks are .png of one band (mode L, P, 1 or I;16) holding
-    0-based class indices, or 255 for pixels to ignore. Names are checked here, files when they are read (`check`).
+    Every file is read once, here, before a value gets a meaning, which is the same in all the folders.
 
     Args:
-        path: the folder.
-        classes: their number, 1 to 255, background included, or their names by index; None reads every mask once and
-            takes the largest index + 1.
+        *folders: one or more.
+        classes: their number, 2 to 255, background included; None counts them.
+        mask_values: the value of each class in the masks, by index; None takes class indices, or 0 and 255.
         image_size: side of an item in pixels, 1 or more; see `SegmentationData` for how images are cut and scaled.
         mean: the encoder's mean by band, for values from 0 to 1.
         std: the encoder's deviation by band.
-        cache: keeps items decoded once read: ``4 * image_size ** 2`` bytes each.
+        tell: is given each line on how the files are read.
 
     Returns:
-        The data, sorted by stem.
+        The data of each folder, sorted by stem.
 
     Raises:
-        DataError: a folder is missing or empty, an image has no mask or a mask no image, or there is no class.
+        DataError: something cannot be read, or could be read in more than one way.
 
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     for part, mode in (("images", "RGB"), ("masks", "L")):
         ...         (Path(folder) / part).mkdir()
-        ...         Image.new(mode, (40, 30)).save(Path(folder) / part / "a.png")
-        ...     data = load_folder(folder, classes=["background", "road"], image_size=32)
+        ...         picture = Image.new(mode, (40, 30))
+        ...         picture.paste("white", (0, 0, 20, 20))
+        ...         picture.save(Path(folder) / part / "a.png")
+        ...     (data,) = load_folders(folder, image_size=32, tell=print)
+        the masks are binary: 0 is class 0, 255 is class 1
         >>> data.names, data.classes
         (('a',), 2)
     """
-    _check_size(image_size)
-    pairs = pairs_of(Path(path))
-    return SegmentationData(pairs, _class_names(classes, pairs), image_size, mean, std, {} if cache else None)
-
-
-def _check_size(image_size: int) -> None:
-    if image_size < 1:
-        raise DataError(f"`image_size` must be 1 or more, got {image_size}; encoders mostly want a multiple of 32")
-
-
-def _class_names(classes: int | Sequence[str] | None, pairs: tuple[Pair, ...]) -> tuple[str, ...]:
-    if classes is None:
-        found = (indices[indices != IGNORE_INDEX] for indices in map(mask_indices, (pair.mask for pair in pairs)))
-        classes = max((int(indices.max()) + 1 for indices in found if indices.size), default=0)
-        if not classes:
-            raise DataError("the masks must hold a class, got only 255, which is ignored; write indices 0, 1, ...")
-    names = tuple(map(str, range(classes))) if isinstance(classes, int) else tuple(classes)
-    if not 1 <= len(names) <= IGNORE_INDEX:
-        count = classes if isinstance(classes, int) else len(names)
-        raise DataError(f"`classes` must be from 1 to 255, got {count}; the background counts as one")
-    return names
+    parts = []
+    for place, folder in enumerate(folders):
+        pairs, lines = pairs_of(Path(folder), f"{folder}/" if place else "")
+        parts.append(pairs)
+        for line in lines:
+            tell(line)
+    if (number := sum(map(len, parts))) >= _MANY:
+        tell(f"{number} images and masks are looked at first")
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        looks = [list(pool.map(look, pairs)) for pairs in parts]
+    every = [each for part in looks for each in part]
+    index, number, line = settle(every, classes, mask_values)
+    if line:
+        tell(line)
+    if peak := max(each.peak for each in every):
+        white = next(2**bits - 1 for bits in (8, 10, 12, 14, 16) if peak < 2**bits)
+        tell(f"images of 16 bits hold values up to {peak}: 0 to {white} are scaled to 0 to 255")
+    if (most := max(each.pixels for each in every)) > _LARGE:
+        tell(f"the largest image has {most // 10**6} megapixels; images cut into tiles are read faster")
+    meaning = np.full(2**16, -1, np.int16)
+    meaning[list(index)] = list(index.values())
+    return [
+        SegmentationData(
+            tuple(
+                replace(pair, classes=frozenset(index[value] for value in each.counts))
+                for pair, each in zip(pairs, part, strict=True)
+            ),
+            tuple(map(str, range(number))),
+            image_size,
+            mean,
+            std,
+            meaning,
+            white if peak else 255,
+        )
+        for pairs, part in zip(parts, looks, strict=True)
+    ]

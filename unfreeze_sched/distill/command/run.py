@@ -7,6 +7,7 @@ import copy
 import json
 import time
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def _run(args: argparse.Namespace, ranks: Ranks) -> None:
         board.check()
     _refuse_many_ranks(args.batch_size, ranks)
     settings = Settings(args.epochs, args.lr, args.batch_size, args.seed, ranks.device(args.device))
-    training, validation, test = data_of(args)
+    training, validation, test = data_of(args, partial(console.print, markup=False))
     n_images = len(training) + len(validation)
     classes = classes_for(args.teacher, training)
     console.print(
