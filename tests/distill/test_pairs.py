@@ -157,3 +157,12 @@ def test_a_mask_of_a_kind_that_is_not_read_is_the_near_match(tmp_path: Path) -> 
     assert refused(path) == (
         "each image must have a mask, got none for b.png (near the first: b.npy); add masks/STEM.png"
     )
+
+
+def test_names_that_a_terminal_would_obey_are_shown(tmp_path: Path) -> None:
+    """Escapes, line ends and bytes of other encodings in names are written out."""
+    path = folder(tmp_path, {"a.png": "a.png"})
+    (path / "images" / "\x1b[31m\n\udce9.txt").touch()
+    assert read(path)[1] == [rf"not read: images/\x1b[31m\n\udce9.txt; {KINDS}"]
+    (path / "images" / "a.png").rename(path / "images" / "\x1b\udce9.png")
+    assert r"got none for \x1b\udce9.png" in refused(path)

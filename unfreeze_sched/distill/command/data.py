@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from unfreeze_sched.distill.command.files import DataError, File, Pair, Values, as_rgb, read_pair, values_of
+from unfreeze_sched.distill.command.files import DataError, File, Pair, Values, as_rgb, printable, read_pair, values_of
 from unfreeze_sched.distill.command.masks import look, settle
 from unfreeze_sched.distill.command.pairs import pairs_of
 
@@ -307,7 +307,7 @@ def load_folders(
         pairs, lines = pairs_of(Path(folder), f"{folder}/" if place else "")
         parts.append(pairs)
         for line in lines:
-            tell(line)
+            tell(printable(line))
     if (number := sum(map(len, parts))) >= _MANY:
         tell(f"{number} images and masks are looked at first")
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:

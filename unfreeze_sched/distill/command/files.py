@@ -26,6 +26,14 @@ Values = np.ndarray[tuple[int, ...], np.dtype[np.integer[Any]]]
 class DataError(ValueError):
     """The images or masks cannot be used; one line says what, and one fix."""
 
+    def __init__(self, text: str) -> None:
+        super().__init__(printable(text))
+
+
+def printable(text: str) -> str:
+    """A text without what a terminal obeys or cannot show, which names of files may have."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
 
 @dataclass(frozen=True)
 class File:
