@@ -11,12 +11,12 @@ from PIL import Image
 
 from unfreeze_sched.distill.command.data import DataError, SegmentationData, load_folders
 
-SIDE = 16  # of a block of one value: JPEG's own, or a multiple
+SIDE = 16  # of a stripe, a multiple of JPEG's blocks
 
 
 def blocks(*values: int, dtype: type = np.uint8) -> np.ndarray[Any, Any]:
-    """A row of square blocks of one value each."""
-    return np.repeat(np.repeat(np.array([values], dtype), SIDE, 0), SIDE, 1)
+    """A square of stripes of one value each."""
+    return np.repeat(np.repeat(np.array([values], dtype), SIDE * len(values), 0), SIDE, 1)
 
 
 def save(folder: Path, name: str, mask: Any, image: Any = None, image_name: str = "", **options: Any) -> None:

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps, TiffImagePlugin
 
 from unfreeze_sched.distill.command import data as data_module
 
-MASK = blocks(0, 1, 0)
+MASK = blocks(0, 1, 0)[:SIDE]
 
 
 # 16 bits
@@ -81,11 +81,11 @@ def turned(orientation: int, size: tuple[int, int]) -> tuple[Image.Image, bytes]
     return picture, exif.tobytes()
 
 
-def photograph(folder: Path, orientation: int, size: tuple[int, int], mask: Image.Image) -> None:
-    """A PNG with an orientation, whose mask is given."""
+def photograph(folder: Path, orientation: int, size: tuple[int, int], mask: Image.Image, suffix: str = ".png") -> None:
+    """A file with an orientation, whose mask is given."""
     picture, exif = turned(orientation, size)
-    save(folder, "a.png", mask, picture)
-    picture.save(folder / "images" / "a.png", exif=exif)
+    save(folder, "a.png", mask, picture, image_name=f"a{suffix}")
+    picture.save(folder / "images" / f"a{suffix}", exif=exif)
 
 
 def white_of(picture: Image.Image) -> Image.Image:
@@ -95,13 +95,14 @@ def white_of(picture: Image.Image) -> Image.Image:
 
 @pytest.mark.parametrize("orientation", [5, 6, 7, 8])
 @pytest.mark.parametrize("is_upright", [True, False])
-def test_a_mask_turns_with_its_photograph(tmp_path: Path, orientation: int, is_upright: bool) -> None:
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".jpg"])
+def test_a_mask_turns_with_its_photograph(tmp_path: Path, orientation: int, is_upright: bool, suffix: str) -> None:
     """A turn by 90 degrees shows in the sizes: a mask as stored turns, one that is upright does not."""
     picture, exif = turned(orientation, (48, 32))
     picture.save(tmp_path / "p.png", exif=exif)
     with Image.open(tmp_path / "p.png") as stored:
         upright = ImageOps.exif_transpose(stored)
-    photograph(tmp_path, orientation, (48, 32), white_of(upright if is_upright else picture))
+    photograph(tmp_path, orientation, (48, 32), white_of(upright if is_upright else picture), suffix)
     data, _ = read(tmp_path, size=32)
     image, mask = data.raw(0)
     assert np.array_equal(image[0].numpy() // 255, mask.numpy())
@@ -112,12 +113,15 @@ def test_a_mask_turns_with_its_photograph(tmp_path: Path, orientation: int, is_u
 @pytest.mark.parametrize(
     ("orientation", "size"), [(6, (32, 32)), (8, (32, 32)), (2, (48, 32)), (3, (48, 32)), (4, (32, 32))]
 )
-def test_a_turn_that_sizes_do_not_show_is_refused(tmp_path: Path, orientation: int, size: tuple[int, int]) -> None:
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".jpg"])
+def test_a_turn_that_sizes_do_not_show_is_refused(
+    tmp_path: Path, orientation: int, size: tuple[int, int], suffix: str
+) -> None:
     """Of a square, or turned by 180 degrees, nothing says how the mask lies; with a tag of its own it does."""
     picture, exif = turned(orientation, size)
-    photograph(tmp_path, orientation, size, white_of(picture))
+    photograph(tmp_path, orientation, size, white_of(picture), suffix)
     assert refused(tmp_path) == (
-        f"images/a.png must say whether its mask turns with it, got EXIF orientation {orientation}, and a mask that fits "
+        f"images/a{suffix} must say whether its mask turns with it, got EXIF orientation {orientation}, and a mask that fits "
         "both ways; remove the tag if the mask lies as the stored pixels do, else turn the pixels"
     )
     white_of(picture).save(tmp_path / "masks" / "a.png", exif=exif)
@@ -196,7 +200,7 @@ def test_a_large_image_is_taken_with_a_note(tmp_path: Path, monkeypatch: pytest.
     """Beyond Pillow's own bound an image is read, and told of."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     monkeypatch.setattr(data_module, "_LARGE", 100)
-    save(tmp_path, "a.png", blocks(*[0, 1] * 500))
+    save(tmp_path, "a.png", blocks(0, 1))
     _, told = read(tmp_path)
     assert told == ["the largest image has 0 megapixels; images cut into tiles are read faster"]
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("segmentation_models_pytorch")
-from folders import blocks, save
+from folders import SIDE, blocks, save
 from snippets import ROOT, snippets
 
 from unfreeze_sched.cli import main, make_parser
@@ -100,12 +100,26 @@ def test_a_class_that_no_training_image_has(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("flag", ["--val", "--test"])
+def test_a_part_that_shows_no_class_is_refused(tmp_path: Path, flag: str) -> None:
+    """Nothing could be measured on it, which would come out after the first epoch."""
+    data, other = folder(tmp_path / "d", 10, 0, 1, 255), tmp_path / "o"
+    save(other, "a.png", blocks(0, 255, 1)[:SIDE])
+    name = {"--val": "validation", "--test": "test"}[flag]
+    with pytest.raises(DataError) as caught:
+        parts("--data", data, flag, other)
+    assert str(caught.value) == (
+        f"the {name} images must show a class in their central squares, got 255 alone, which is ignored; "
+        "add images that do"
+    )
+
+
 def test_mask_values(tmp_path: Path) -> None:
     """A mapping makes classes of values, in its order."""
     data = folder(tmp_path, 10, 0, 127, 255)
     (training, _, _), told = parts("--data", data, "--mask-values", "255,127,0")
     assert (training.classes, told) == (3, ["the masks are mapped: 255 is class 0, 127 is class 1, 0 is class 2"])
-    assert set(training[0][1].flatten().tolist()) == {1}
+    assert set(training[0][1].flatten().tolist()) == {0, 1, 2}
     assert refused("--data", data, "--mask-values", "0,127,255", "--classes", 4) == (
         "`--classes` must be the number of --mask-values, 3, got 4; leave it out"
     )

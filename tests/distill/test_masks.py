@@ -16,8 +16,8 @@ from PIL import Image, ImageDraw
 BINARY = "the masks are binary: 0 is class 0, 255 is class 1"
 
 
-def middle(data: Any, place: int = 0) -> set[int]:
-    """What is left of a mask in its central square."""
+def shown(data: Any, place: int = 0) -> set[int]:
+    """What an item's mask holds."""
     return set(data[place][1].unique().tolist())
 
 
@@ -39,7 +39,7 @@ def test_indices_of_each_kind_of_file(tmp_path: Path, suffix: str) -> None:
     save(tmp_path, f"a{suffix}", Image.fromarray(blocks(0, 1, 2)).convert("P" if suffix == ".gif" else "L"))
     data, told = read(tmp_path, size=SIDE)
     assert (data.classes, told) == (3, [])
-    assert middle(data) == {1}  # the central block
+    assert shown(data) == {0, 1, 2}
 
 
 def test_255_beside_indices_is_ignored_and_its_share_said(tmp_path: Path) -> None:
@@ -48,7 +48,7 @@ def test_255_beside_indices_is_ignored_and_its_share_said(tmp_path: Path) -> Non
     save(tmp_path, "b.png", blocks(0, 1, 0, 1))
     data, told = read(tmp_path)
     assert data.classes == 2
-    assert middle(data) == {255}
+    assert shown(data) == {0, 1, 255}
     assert told == ["255 in the masks is ignored: 25 % of their pixels"]
     assert data.pairs[0].classes == {0, 1, 255}
 
@@ -87,17 +87,17 @@ def test_an_index_beyond_the_classes_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "classes", "got"),
     [
-        ((0, 0), None, "0 alone"),
-        ((255, 255), None, "255 alone"),
-        ((3, 3), None, "3 alone"),
-        ((0, 255), 3, "0, 255 of which 255 is to be ignored"),
+        ((0, 0), None, "0 alone; add masks that do"),
+        ((255, 255), None, "255 alone; add masks that do"),
+        ((3, 3), None, "3 alone; add masks that do"),
+        ((0, 255), 3, "0, 255 of which 255 is ignored; leave --classes and --mask-values out if it is a class"),
     ],
 )
 def test_a_single_class_is_refused(tmp_path: Path, values: tuple[int, ...], classes: int | None, got: str) -> None:
     """With one class there is nothing to learn, and the score would be 100 %."""
     save(tmp_path, "a.png", blocks(*values))
     text = refused(tmp_path, classes=classes)
-    assert text == f"the masks must hold two classes or more, got {got}; add masks that do"
+    assert text == f"the masks must hold two classes or more, got {got}"
 
 
 # 0 and 255
@@ -123,7 +123,8 @@ def test_0_and_255_are_a_binary_mask_in_any_mode(tmp_path: Path, mode: str) -> N
     data, told = read(tmp_path)
     assert data.classes == 2
     assert told == [BINARY.replace("255", str(white))]
-    assert middle(data) == {0}
+    assert shown(data) == {0, 1}
+    assert data.raw(0)[1].tolist() == [[1] * 5 + [0] * 6 + [1] * 5] * 16
     assert data.pairs[0].classes == {0, 1}
 
 
@@ -137,7 +138,7 @@ def test_binary_masks_of_several_modes_are_one_kind(tmp_path: Path) -> None:
     data, told = read(tmp_path)
     assert told == ["the masks are binary: 0 is class 0, 255 is class 1, 65535 is class 1"]
     assert [pair.classes for pair in data.pairs] == [{0, 1}, {0, 1}, {0, 1}, {0}, {1}]
-    assert middle(data, 4) == {1}
+    assert shown(data, 4) == {1}
     assert read(tmp_path, classes=2)[1] == told
 
 
@@ -145,7 +146,7 @@ def test_one_bit_beside_indices_is_refused(tmp_path: Path) -> None:
     """A mask of one bit has no 255 to ignore."""
     save(tmp_path, "a.png", blocks(0, 1, 255))
     save(tmp_path, "b.png", Image.fromarray(blocks(0, 255, 0)).convert("1"))
-    text = "the masks must be of 1 bit all or none, got masks/b.png of it; save them alike, in mode L"
+    text = "a mask of 1 bit holds two classes, got masks/b.png beside class indices; save all masks in mode L"
     assert refused(tmp_path) == refused(tmp_path, classes=2) == text
 
 
@@ -176,7 +177,7 @@ def test_greys_are_refused_and_can_be_mapped(tmp_path: Path, values: tuple[int, 
     assert data.classes == len(values)
     assert told == [f"the masks are mapped: {', '.join(f'{v} is class {i}' for i, v in enumerate(values))}"]
     assert data.pairs[0].classes == set(range(len(values)))
-    assert middle(data) == {1} if len(values) == 3 else {0, 1}
+    assert shown(data) == set(range(len(values)))
     assert read(tmp_path, classes=number)[0].classes == number
 
 
@@ -323,6 +324,6 @@ def test_folders_share_one_meaning(tmp_path: Path) -> None:
     save(tmp_path / "data", "a.png", blocks(0, 1))
     save(tmp_path / "val", "a.png", blocks(0, 2, 255))
     data, told = read(tmp_path / "data", tmp_path / "val")
-    assert (data.classes, told) == (3, ["255 in the masks is ignored: 20 % of their pixels"])
+    assert (data.classes, told) == (3, ["255 in the masks is ignored: 23 % of their pixels"])
     save(tmp_path / "val", "a.png", blocks(0, 7))
     assert f"got 0, 1, 7 ({tmp_path}/val/masks/a.png)" in refused(tmp_path / "data", tmp_path / "val")

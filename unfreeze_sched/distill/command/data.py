@@ -19,9 +19,20 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from unfreeze_sched.distill.command.files import DataError, File, Pair, Values, as_rgb, printable, read_pair, values_of
+from unfreeze_sched.distill.command.files import (
+    DataError,
+    File,
+    Pair,
+    Values,
+    as_rgb,
+    central,
+    printable,
+    read_pair,
+    values_of,
+)
 from unfreeze_sched.distill.command.masks import look, settle
 from unfreeze_sched.distill.command.pairs import pairs_of
+from unfreeze_sched.distill.loss import IGNORE_INDEX
 
 CLASS_NAMES = ("background", "animal", "food", "vehicle", "face")
 """The embedded sample's classes, by index."""
@@ -86,14 +97,7 @@ class SegmentationData(Dataset[tuple[Tensor, Tensor]]):
         return self.normalised(image.float() / 255), mask.long()
 
     def raw(self, index: int) -> tuple[Tensor, Tensor]:
-        """Read an item as it is kept.
-
-        Args:
-            index: 0-based position.
-
-        Returns:
-            The image, uint8 of shape (3, image_size, image_size), and the mask, uint8 of shape (image_size,
-            image_size), its values class indices or 255. They are not to be written to.
+        """An item as it is kept, both uint8: the image (3, side, side), the mask's class indices or 255 (side, side).
 
         Raises:
             DataError: a file is not any more what it was when it was looked at.
@@ -111,14 +115,7 @@ class SegmentationData(Dataset[tuple[Tensor, Tensor]]):
         return (image - mean) / std
 
     def split(self, fraction: float, seed: int) -> tuple["SegmentationData", "SegmentationData"]:
-        """Part the data in two at random, ``round(fraction * N)`` images going to the second.
-
-        Args:
-            fraction: between 0 and 1.
-            seed: 0 or more; the same seed gives the same parts.
-
-        Returns:
-            The two parts; each keeps the order of the whole.
+        """Part the data in two, each in the order of the whole; ``round(fraction * N)`` random images are the second.
 
         Example:
             >>> train, validation = load_sample("train").split(0.1, seed=0)
@@ -132,25 +129,18 @@ class SegmentationData(Dataset[tuple[Tensor, Tensor]]):
         return train, validation
 
     def epoch(self, generator: torch.Generator, *, flip: bool = True, jitter: float = 0.0) -> "EpochView":
-        """One epoch's order and augmentation, all drawn here from the generator.
+        """One epoch's order and augmentation, all drawn here from a CPU generator.
 
         So a loader over the view needs no shuffling, and its workers, however many, draw nothing.
 
         Args:
-            generator: a CPU generator, such as `epoch_generator` makes.
+            generator: such as `epoch_generator` makes.
             flip: mirrors half of the images left to right, with their masks.
             jitter: brightness and contrast are each scaled by a factor from ``1 - jitter`` to ``1 + jitter``; 0 to 1.
-
-        Returns:
-            A dataset of the same length and kind of item.
-
-        Raises:
-            DataError: ``jitter`` is out of range.
 
         Example:
             >>> data = load_sample("test")
             >>> view = data.epoch(epoch_generator(seed=0, epoch=3), jitter=0.2)
-            >>> loader = torch.utils.data.DataLoader(view, batch_size=16)
             >>> view.order == data.epoch(epoch_generator(seed=0, epoch=3), jitter=0.2).order
             True
         """
@@ -163,9 +153,7 @@ class SegmentationData(Dataset[tuple[Tensor, Tensor]]):
 
     def _decoded(self, pair: Pair) -> tuple[Tensor, Tensor]:
         image, mask, _ = read_pair(pair)
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        box, size = (left, top, left + side, top + side), (self.image_size, self.image_size)
+        box, size = central(image), (self.image_size, self.image_size)
         pixels = np.array(as_rgb(image, self.white).resize(size, Image.Resampling.BILINEAR, box))
         values = Image.fromarray(values_of(mask, pair.mask.label)).resize(size, Image.Resampling.NEAREST, box)
         indices = np.array(values) if self.meaning is None else self.meaning[np.asarray(values)]
@@ -206,18 +194,9 @@ class EpochView(Dataset[tuple[Tensor, Tensor]]):
 
 
 def epoch_generator(seed: int, epoch: int) -> torch.Generator:
-    """Make the CPU generator that belongs to a seed and an epoch, whatever was drawn before.
-
-    Args:
-        seed: the run's seed, 0 or more.
-        epoch: 0-based.
-
-    Returns:
-        A new generator.
+    """The CPU generator of a seed and a 0-based epoch, whatever was drawn before.
 
     Example:
-        >>> epoch_generator(0, 7).initial_seed() == epoch_generator(0, 7).initial_seed()
-        True
         >>> epoch_generator(0, 7).initial_seed() == epoch_generator(7, 0).initial_seed()
         False
     """
@@ -232,19 +211,9 @@ def load_sample(
     mean: Triple = IMAGENET_MEAN,
     std: Triple = IMAGENET_STD,
 ) -> SegmentationData:
-    """Load a part of the embedded sample: 400 training or 200 test images of 128 x 128 pixels in five classes.
+    """A part of the embedded sample: 400 training or 200 test images of 128 x 128 pixels in five classes.
 
-    Args:
-        split: ``"train"`` or ``"test"``; they share no object and no background.
-        image_size: side of an item in pixels.
-        mean: the encoder's mean by band, for values from 0 to 1.
-        std: the encoder's deviation by band.
-
-    Returns:
-        The data; items are kept decoded once read.
-
-    Raises:
-        DataError: an argument is out of range.
+    The two share no object and no background. `mean` and `std` are the encoder's, by band, for values from 0 to 1.
 
     Example:
         >>> data = load_sample("train", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
@@ -270,7 +239,7 @@ def load_folders(
     std: Triple = IMAGENET_STD,
     tell: Callable[[str], object] = lambda _: None,
 ) -> list[SegmentationData]:
-    """Load folders with `images/` and `masks/` each, as "Your data", `your_data.md`, has it.
+    """The data of folders with `images/` and `masks/` each, sorted by stem, as the guide `your_data.md` has it.
 
     Every file is read once, here, before a value gets a meaning, which is the same in all the folders.
 
@@ -278,29 +247,13 @@ def load_folders(
         *folders: one or more.
         classes: their number, 2 to 255, background included; None counts them.
         mask_values: the value of each class in the masks, by index; None takes class indices, or 0 and 255.
-        image_size: side of an item in pixels, 1 or more; see `SegmentationData` for how images are cut and scaled.
-        mean: the encoder's mean by band, for values from 0 to 1.
-        std: the encoder's deviation by band.
+        image_size: side of an item in pixels; see `SegmentationData` for how images are cut and scaled.
+        mean: the encoder's, by band, for values from 0 to 1.
+        std: likewise.
         tell: is given each line on how the files are read.
-
-    Returns:
-        The data of each folder, sorted by stem.
 
     Raises:
         DataError: something cannot be read, or could be read in more than one way.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     for part, mode in (("images", "RGB"), ("masks", "L")):
-        ...         (Path(folder) / part).mkdir()
-        ...         picture = Image.new(mode, (40, 30))
-        ...         picture.paste("white", (0, 0, 20, 20))
-        ...         picture.save(Path(folder) / part / "a.png")
-        ...     (data,) = load_folders(folder, image_size=32, tell=print)
-        the masks are binary: 0 is class 0, 255 is class 1
-        >>> data.names, data.classes
-        (('a',), 2)
     """
     parts = []
     for place, folder in enumerate(folders):
@@ -326,7 +279,7 @@ def load_folders(
     return [
         SegmentationData(
             tuple(
-                replace(pair, classes=frozenset(index[value] for value in each.counts))
+                replace(pair, classes=frozenset(index[value] for value in each.seen) - {IGNORE_INDEX})
                 for pair, each in zip(pairs, part, strict=True)
             ),
             tuple(map(str, range(number))),

@@ -45,7 +45,7 @@ class File:
 
 @dataclass(frozen=True)
 class Pair:
-    """An image and its mask, by the image's stem, and the class indices that the mask was found to hold."""
+    """An image and its mask, by the image's stem, and the class indices found in the mask's central square."""
 
     name: str
     image: File
@@ -76,6 +76,13 @@ def read_pair(pair: Pair) -> tuple[Image.Image, Image.Image, bool]:
             "export the mask at the image's resolution",
         )
     return image, mask, lossy
+
+
+def central(image: Image.Image) -> tuple[int, int, int, int]:
+    """The box of the central square, of which items are made."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return left, top, left + side, top + side
 
 
 def as_rgb(image: Image.Image, white: int) -> Image.Image:
@@ -113,25 +120,32 @@ def _opened(file: File) -> tuple[Image.Image, int, bool]:
     try:
         source = io.BytesIO(file.source) if isinstance(file.source, bytes) else file.source
         with Image.open(source, formats=_FORMATS) as image:
-            reasons = {
-                f"mode {image.mode}, not of 8 or 16 bits": image.mode not in _MODES,
-                f"{_by(image)} pixels, more than {_MOST_PIXELS}": image.width * image.height > _MOST_PIXELS,
-                f"{(pages := _pages(image))} pages": pages > 1,
-            }
-            reason = next((reason for reason, holds in reasons.items() if holds), "")
-            if not reason:
-                image.load()
-                if image.mode == "I" and (np.asarray(image) >> 16).any():
-                    raise ValueError("values beyond 16 bits")  # noqa: TRY301  # one line for all of them
-                turn = image.getexif().get(0x0112, 1)
-                packing = str(image.info.get("compression"))
-                lossy = image.format in ("JPEG", "MPO", "WEBP") or "jpeg" in packing or "webp" in packing
-                return image, int(turn) if turn in range(2, 9) else 1, lossy
+            if image.mode not in _MODES:
+                raise ValueError(f"mode {image.mode}, not of 8 or 16 bits")  # noqa: TRY301  # as a decoder's own
+            if image.width * image.height > _MOST_PIXELS:
+                raise ValueError(f"{_by(image)} pixels, more than {_MOST_PIXELS}")  # noqa: TRY301
+            if (pages := _pages(image)) > 1:
+                raise ValueError(f"{pages} pages")  # noqa: TRY301
+            turn = _orientation(image) if image.format == "TIFF" else 1  # which Pillow turns when it loads it
+            image.load()
+            if image.mode == "I" and (np.asarray(image) >> 16).any():
+                raise ValueError("values beyond 16 bits")  # noqa: TRY301
+            turn = max(turn, _orientation(image))
+            packing = str(image.info.get("compression"))
+            lossy = image.format in ("JPEG", "MPO", "WEBP") or "jpeg" in packing or "webp" in packing
+            if turn != _orientation(image):
+                return _turned(image, {6: 8, 8: 6}.get(turn, turn)), turn, lossy
+            return image, turn, lossy
     except UnidentifiedImageError:
         reason = "an unknown format"
     except Exception as error:  # noqa: BLE001  # decoders raise anything on broken bytes
         reason = str(error) or type(error).__name__
     raise DataError(f"{file.label} must be a readable image, got: {reason}; export it anew, or remove it with its pair")
+
+
+def _orientation(image: Image.Image) -> int:
+    turn = image.getexif().get(0x0112, 1)
+    return int(turn) if turn in range(2, 9) else 1
 
 
 def _pages(image: Image.Image) -> int:

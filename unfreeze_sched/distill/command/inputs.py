@@ -65,10 +65,17 @@ def _own(args: argparse.Namespace, tell: Callable[[str], object]) -> Parts:
         whole, parts["test"] = whole.split(_HELD_OUT, seed=args.seed)
     if "val" not in parts:
         whole, parts["val"] = whole.split(_HELD_OUT, seed=args.seed)
-    held = {place for pair in whole.pairs for place in pair.classes}
-    if absent := [str(place) for place in range(whole.classes) if place not in held]:
+    result = whole, parts["val"], parts["test"]
+    shown = [{place for pair in part.pairs for place in pair.classes} for part in result]
+    for name, classes in zip(("training", "validation", "test"), shown, strict=True):
+        if not classes:
+            raise DataError(
+                f"the {name} images must show a class in their central squares, got 255 alone, which is ignored; "
+                "add images that do"
+            )
+    if absent := [str(place) for place in range(whole.classes) if place not in shown[0]]:
         tell(f"no training image has class {listed(absent, _NAMED)}")
-    return whole, parts["val"], parts["test"]
+    return result
 
 
 def _normalisation(encoder: str) -> Normalisation:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from unfreeze_sched._checks import listed
-from unfreeze_sched.distill.command.files import DataError, Pair, read_pair, values_of
+from unfreeze_sched.distill.command.files import DataError, Pair, central, read_pair, values_of
 from unfreeze_sched.distill.loss import IGNORE_INDEX
 
 _WHITE = {255, 2**16 - 1}  # of 8 and of 16 bits
@@ -22,6 +22,7 @@ class Look(NamedTuple):
 
     label: str  # the mask's, in error texts
     counts: Mapping[int, int]  # the mask's pixels by value
+    seen: Sequence[int]  # its values in the central square
     lossy: bool  # whether its format changes values
     one_bit: bool
     colours: Mapping[int, tuple[int, ...]]  # by value, where it has a palette
@@ -34,11 +35,12 @@ def look(pair: Pair) -> Look:
     image, mask, lossy = read_pair(pair)
     found, counts = np.unique(values_of(mask, pair.mask.label), return_counts=True)
     values = found.tolist()
+    seen = np.unique(values_of(mask.crop(central(mask)), pair.mask.label)).tolist()
     palette = mask.getpalette() if mask.mode == "P" else None
     colours = {value: tuple(palette[3 * value : 3 * value + 3]) for value in values} if palette else {}
     peak = int(np.asarray(image).max()) if image.mode[0] == "I" else 0
     held = dict(zip(values, counts.tolist(), strict=True))
-    return Look(pair.mask.label, held, lossy, mask.mode == "1", colours, image.width * image.height, peak)
+    return Look(pair.mask.label, held, seen, lossy, mask.mode == "1", colours, image.width * image.height, peak)
 
 
 def settle(
@@ -73,12 +75,10 @@ def settle(
         _refuse_values(looks, found, other, listing)
     _refuse_loss(looks, index)
     _refuse_one_class([value for value in found if index[value] != IGNORE_INDEX], found)
-    line = (
-        f"255 in the masks is ignored: {100 * counts[IGNORE_INDEX] / counts.total():.2g} % of their pixels"
-        if other
-        else ""
-    )
-    if not is_plain:
+    line = ""
+    if other:
+        line = f"255 in the masks is ignored: {100 * counts[IGNORE_INDEX] / counts.total():.2g} % of their pixels"
+    elif not is_plain:
         meant = ", ".join(f"{value} is class {place}" for value, place in index.items() if value in counts)
         line = f"the masks are {'binary' if listing is None else 'mapped'}: {meant}"
     return index, number, line
@@ -96,8 +96,10 @@ def _classes(found: Sequence[int], classes: int | None, listing: Sequence[int] |
 
 def _refuse_one_class(present: Sequence[int], found: Sequence[int]) -> None:
     if len(present) < 2:  # noqa: PLR2004  # nothing to tell apart
-        note = "alone" if present == found else "of which 255 is to be ignored"
-        raise DataError(f"the masks must hold two classes or more, got {_shown(found)} {note}; add masks that do")
+        told = "alone; add masks that do"
+        if present != found:
+            told = "of which 255 is ignored; leave --classes and --mask-values out if it is a class"
+        raise DataError(f"the masks must hold two classes or more, got {_shown(found)} {told}")
 
 
 def _refuse_doubt(looks: Sequence[Look], number: int, *, is_said: bool) -> None:
@@ -105,7 +107,7 @@ def _refuse_doubt(looks: Sequence[Look], number: int, *, is_said: bool) -> None:
     white = [each for each in looks if IGNORE_INDEX in each.counts]
     if one_bit := [each.label for each in white if each.one_bit]:
         raise DataError(
-            f"the masks must be of 1 bit all or none, got {listed(one_bit)} of it; save them alike, in mode L"
+            f"a mask of 1 bit holds two classes, got {listed(one_bit)} beside class indices; save all masks in mode L"
         )
     if not is_said and all(each.counts.keys() <= {0, IGNORE_INDEX} for each in white):
         raise DataError(
