@@ -191,10 +191,14 @@ def test_a_binary_run(tmp_path: Path, capsys: Any) -> None:
     code, out, err = run(capsys, *words)
     assert (code, err) == (0, "")
     assert "the masks are mapped: 0 is class 0, 255 is class 1\n" in out
-    assert "2 for the test; 2 classes" in out
+    assert "6 training images, 1 of them for validation, 2 for the test; 2 classes" in out
     code, out, err = run(capsys, "--resume", tmp_path / "o")
     assert (code, err) == (0, "")
     assert "2 for the test; 2 classes" in out
+    teacher = ["--teacher", tmp_path / "o" / "teacher.pth"]
+    code, out, err = run(capsys, "--data", data, "--val", test, *teacher, "--output", tmp_path / "v")
+    assert (code, err) == (0, "")
+    assert "5 training images, 2 for validation, 1 for the test; 2 classes" in out
 
 
 # The guide

@@ -50,7 +50,7 @@ def test_255_beside_indices_is_ignored_and_its_share_said(tmp_path: Path) -> Non
     assert data.classes == 2
     assert shown(data) == {0, 1, 255}
     assert told == ["255 in the masks is ignored: 25 % of their pixels"]
-    assert data.pairs[0].classes == {0, 1, 255}
+    assert data.pairs[0].classes == {0, 1}
 
 
 def test_255_beside_0_alone_is_in_doubt_among_indices(tmp_path: Path) -> None:
