@@ -94,6 +94,7 @@ def test_a_class_that_no_training_image_has(tmp_path: Path) -> None:
     data, test = folder(tmp_path / "d", 10), folder(tmp_path / "t", 2, 0, 2)
     (training, _, _), told = parts("--data", data, "--test", test)
     assert (training.classes, told) == (3, ["no training image has class 2"])
+    assert parts("--data", data, "--val", test)[1] == ["no training image has class 2"]
     assert parts("--data", data, "--classes", 4)[1] == ["no training image has class 2, 3"]
     assert parts("--data", data, "--classes", 40)[1] == [
         "no training image has class 2, 3, 4, 5, 6, 7, 8, 9, 10, 11 and 28 more"
@@ -184,14 +185,16 @@ def test_masks_are_refused_before_a_teacher_is_trained(
     assert not {"validation_fraction", "matrix", "`classes`", "image_size"} & set(err.split())
 
 
-def test_a_binary_run(tmp_path: Path, capsys: Any) -> None:
-    """A run on 0 and 255 says what they are, learns two classes, and is resumed with all its flags."""
+def test_a_binary_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """A run on 0 and 255 says what they are, learns two classes, and is resumed with all its flags, from anywhere."""
+    monkeypatch.chdir(tmp_path)
     data, test = folder(tmp_path / "d", 6, 0, 255, 0), folder(tmp_path / "t[/b]", 2, 255, 0, 255)
-    words = ["--data", data, "--test", test, "--mask-values", "0,255", "--output", tmp_path / "o"]
+    words = ["--data", data.name, "--test", test.relative_to(tmp_path), "--mask-values", "0,255", "--output", "o"]
     code, out, err = run(capsys, *words)
     assert (code, err) == (0, "")
     assert "the masks are mapped: 0 is class 0, 255 is class 1\n" in out
     assert "6 training images, 1 of them for validation, 2 for the test; 2 classes" in out
+    monkeypatch.chdir("/")
     code, out, err = run(capsys, "--resume", tmp_path / "o")
     assert (code, err) == (0, "")
     assert "2 for the test; 2 classes" in out

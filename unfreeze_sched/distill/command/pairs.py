@@ -70,9 +70,8 @@ def _by_stem(folder: Path, suffixes: tuple[str, ...]) -> tuple[Files, list[str]]
 def _found(images: Files, masks: Files, unread: list[str]) -> Files:
     """Each image's mask."""
     names: dict[str, set[str]] = defaultdict(set)
-    for stem, file in images.items():
+    for stem in images:
         names[_plain(stem)].add(stem)
-        names[_plain(file.name)].add(stem)
     claims: dict[str, list[Path]] = {stem: [masks[stem]] if stem in masks else [] for stem in images}
     lone = {stem: file for stem, file in masks.items() if stem not in images}
     for stem, file in lone.items():
