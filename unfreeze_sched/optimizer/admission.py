@@ -333,7 +333,8 @@ def refuse_pending() -> NoReturn:
     """Refuse a change while there are gradients that no step has used."""
     raise RuntimeError(
         "`optimizer` must have used its gradients before blocks join, got an accumulation that is not over; "
-        "call optimizer.step() and optimizer.zero_grad() first, or zero_grad() alone to give it up"
+        "call optimizer.step() and optimizer.zero_grad() first, or zero_grad() alone to give it up, as for a GAN's "
+        "discriminator, in which the generator's loss leaves gradients"
     )
 
 

@@ -167,7 +167,7 @@ class OptimizerRebuilder:
         self._carry_out(declared)
         stepping = groups.innermost(optimizer)
         self.owners = Owners(self.blocks)
-        self.accumulation = Accumulation(stepping, self._template)
+        self.accumulation = Accumulation.on(stepping)
         self.first_step = FirstStep(stepping, probe)
         self._warmup = Warmup(stepping, warmup_steps) if warmup_steps else None
 
