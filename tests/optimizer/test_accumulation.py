@@ -296,6 +296,23 @@ def test_all_unfreezers_of_an_optimizer_share_the_watch() -> None:
         later.sync()
 
 
+def test_a_watch_that_stays() -> None:
+    """It looks on when its unfreezer has gone, past the end of a warm-up."""
+    net = Net()
+    optimizer = torch.optim.SGD(net.head.parameters(), lr=0.1)
+    rebuilder = OptimizerRebuilder(optimizer, [Block("block", (net.blocks[1].requires_grad_(True),))], warmup_steps=1)
+    rebuilder.accumulation.stay()
+    rebuilder.sync()
+    for _ in range(3):
+        net.loss().backward()
+        optimizer.step()
+    del rebuilder
+    gc.collect()
+    net.loss().backward()
+    later = OptimizerRebuilder(optimizer, [Block("other", (net.blocks[0],))])
+    assert later.accumulation.is_pending()
+
+
 @pytest.mark.parametrize("way", ["deepcopy", "pickle"])
 @pytest.mark.parametrize("name", ["plain", "sparse"])
 def test_copies_go_on(way: str, name: str) -> None:

@@ -124,6 +124,10 @@ class Watcher:
         """Those of the optimizer."""
         return StepHooks.on(self._optimizer)
 
+    def stay(self) -> None:
+        """Look on when its maker is let go, too."""
+        self.hooks.busy.add(self)
+
     def before_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A step begins; what is returned takes the place of its arguments, unless it is None."""
 
@@ -232,10 +236,6 @@ class Accumulation(Watcher):
         known = StepHooks.on(optimizer).first(cls)
         return known if isinstance(known, cls) else cls(optimizer)
 
-    def stay(self) -> None:
-        """Look on as long as the optimizer lives."""
-        self.hooks.busy.add(self)
-
     def is_pending(self) -> bool:
         """Whether there are gradients that no step has used."""
         if any(self._used):
@@ -340,6 +340,7 @@ class FirstStep(Watcher):
         if not compared and len(missing) == len(watched) and not self._has_gradients():
             return  # a step without a backward pass
         self._watched.clear()
+        self.hooks.busy.discard(self)
         if missing:
             warn(
                 f"no gradient reached {listed(missing, _SHOWN)} in the first step after unfreezing, so they do not "
