@@ -335,6 +335,21 @@ def test_copies_go_on(way: str, name: str) -> None:
     assert rebuilder.sync()
 
 
+def test_timms_lookahead() -> None:
+    """It has hooks of its own, which its step does not call until its `zero_grad` was called once."""
+    net = Net()
+    inner = torch.optim.SGD(net.head.parameters(), lr=0.1)
+    optimizer = pytest.importorskip("timm.optim").Lookahead(inner)
+    rebuilder = net.rebuilder(optimizer)
+    for _ in range(2):
+        net.zero_grad()
+        net.loss().backward()
+        optimizer.step()
+    assert not rebuilder.accumulation.is_pending()
+    net.loss().backward()
+    assert rebuilder.accumulation.is_pending()
+
+
 # Two losses, two optimizers.
 
 

@@ -16,7 +16,7 @@ from unfreeze_sched._checks import listed
 from unfreeze_sched.model.block import Block, Named
 from unfreeze_sched.optimizer import rates
 from unfreeze_sched.optimizer.counters import written
-from unfreeze_sched.optimizer.groups import BLOCK_KEY, class_path, layers, why_no_rate
+from unfreeze_sched.optimizer.groups import BLOCK_KEY, class_path, innermost, layers, why_no_rate
 
 # Why no group can join, ever or once training has begun; what the structure tells is asked in `refuse_optimizer`.
 _NEVER = {"torch.optim.lbfgs.LBFGS": "which holds one"}
@@ -86,6 +86,7 @@ def refuse_optimizer(
         ...
         ValueError: `optimizer` must take further param groups, got LBFGS, which holds one; use another
     """
+    _refuse_forwarding(optimizer)
     for layer in layers(optimizer):
         name = type(layer).__name__
         reason = _NEVER.get(class_path(layer.__class__))
@@ -114,6 +115,22 @@ def refuse_optimizer(
         raise ValueError(
             f"`learning_rate_scale` and `layer_decay` must be 1 for {type(optimizer).__name__}, {reason}, got a group "
             f"at {wrong[0]} of the template's rate; pass learning_rate_scale=1.0"
+        )
+
+
+def _refuse_forwarding(optimizer: Any) -> None:
+    """Refuse an optimizer whose groups are those of one that `layers` does not know, as Opacus' are; so are its hooks."""
+    last = innermost(optimizer)
+    inner = [
+        name
+        for name, value in vars(last).items()
+        if getattr(value, "param_groups", None) is last.param_groups
+        and not any(layer is last for layer in layers(value))  # it wraps this one
+    ]
+    if inner or "param_groups" not in vars(last):
+        raise ValueError(
+            f"`optimizer` must hold its param groups itself, got {type(last).__name__}, which forwards to those of "
+            f"another; pass {f'its `{inner[0]}`' if inner else 'the optimizer that it wraps'}"
         )
 
 

@@ -19,7 +19,7 @@ SUBSET_KEY = "unfreeze_subset"
 """The key that tells the further groups of one block apart: 1, 2, ...; the first has none."""
 
 _NOT_COUNTERS = frozenset({"params", "param_names", "lr", "initial_lr"})
-_WRAPPED = ("optimizer", "base_optimizer", "base")
+_WRAPPED = ("optimizer", "_optimizer", "base_optimizer", "_base_optimizer", "base")
 # Lists of an optimizer with a learning rate for each group.
 _RATE_LISTS = ("base_lrs",)
 
