@@ -119,7 +119,7 @@ def refuse_optimizer(
 
 
 def _refuse_forwarding(optimizer: Any) -> None:
-    """Refuse an optimizer whose groups are those of one that `layers` does not know, as Opacus' are; so are its hooks."""
+    """Refuse an optimizer whose groups and hooks are those of one that `layers` does not know, as Opacus' are."""
     last = innermost(optimizer)
     inner = [
         name
