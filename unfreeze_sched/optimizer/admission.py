@@ -103,7 +103,9 @@ def refuse_optimizer(
             raise ValueError(
                 f"`membership` must be 'declared' for {name}, {reason}, got 'late'; pass membership='declared'"
             )
-        if "lr" in written(layer.__class__) and (late or drops):
+        # A relative step writes the learning rate as well, and computes it anew each time.
+        writes_rate = "lr" in written(layer.__class__) and "relative_step" not in optimizer.param_groups[template]
+        if writes_rate and (late or drops):
             got = "membership='late'" if late else "on_refreeze='drop'"
             raise ValueError(
                 "`membership` must be 'declared' and `on_refreeze` 'keep' for "
@@ -142,12 +144,14 @@ def refuse_template(optimizer: Optimizer, index: int) -> None:
         raise ValueError(f"`template` must be below {own}, the number of your own groups, got {index}; 0 is the head's")
 
 
-def refuse_warmup(optimizer: Any, steps: int) -> None:
-    """Refuse a warm-up of an optimizer that builds state from its first rate, which would be false for good."""
-    if steps and isinstance(optimizer, (Rprop, ASGD)):
+def refuse_warmup(optimizer: Any, steps: int, template: int = 0) -> None:
+    """Refuse a warm-up where a group has no rate of its own, or builds state from its first, false for good then."""
+    reason = why_no_rate(optimizer, optimizer.param_groups[template])
+    if isinstance(optimizer, (Rprop, ASGD)):
+        reason = "which builds its state from the learning rate"
+    if steps and reason is not None:
         raise ValueError(
-            f"`warmup_steps` must be 0 for {type(optimizer).__name__}, which builds its state from the learning "
-            f"rate, got {steps}; leave it out"
+            f"`warmup_steps` must be 0 for {type(optimizer).__name__}, {reason}, got {steps}; leave it out"
         )
 
 
