@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from oracle import Net
+from bits import differences
+from oracle import Net, train_in_lockstep, twins
 from snippets import run, snippets
 from torch import distributed
 from torch.distributed.checkpoint.state_dict import get_state_dict
@@ -69,6 +71,53 @@ def test_schedulers(way: int) -> None:
         rates = [group["lr"] for group in optimizer.param_groups]
         assert rates[1:] == pytest.approx([rates[0] * 0.1] * (len(rates) - 1))
     assert len(rates) == 4
+
+
+def test_a_scheduler_begins_anew() -> None:
+    """The guide's restart in mid-run, against a run whose groups all were there from the start, to the bit."""
+    preset = RatePreset(unfreeze_start_epoch=1, unfreeze_rate=2)
+    schedule = UnfreezeSchedule(preset=preset, total_blocks=3, total_epochs=8)
+    restart = snippets("schedulers.md")[2]
+    both = twins(schedule, torch.optim.AdamW, lambda o: [torch.optim.lr_scheduler.StepLR(o, 1, 0.5)], scale=0.1)
+    assert train_in_lockstep(*both, range(3)) == []
+    unfreezer = both[0].apply.__self__  # type: ignore[attr-defined]
+    for each in both:
+        names = {"torch": torch, "optimizer": each.optimizer, "unfreezer": unfreezer}
+        each.schedulers = [run(restart, names)["scheduler"]]
+    unfreezer.rebuilder.lr_schedulers = both[0].schedulers
+    assert train_in_lockstep(*both, range(3, 8)) == []
+    assert len(both[0].optimizer.param_groups) == 4
+
+
+def test_a_scheduler_rebuilt_at_a_resume() -> None:
+    """Rebuilt with `last_epoch` as the guide says, the run goes on as if it had not stopped, to the bit."""
+    whole, resumed = make(), make()
+    code = snippets("schedulers.md")[3]
+    for names in (whole, resumed):
+        names["optimizer"] = torch.optim.AdamW(names["model"].head.parameters(), lr=0.01)
+        names["blocks"] = names["model"].make_blocks()
+    optimizer = whole["optimizer"]
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 0.9**epoch)
+    unfreezer = ProgressiveUnfreezer(whole["blocks"], optimizer, whole["schedule"], [scheduler])
+    for epoch in range(8):
+        if epoch == 4:
+            saved = copy.deepcopy(
+                {"unfreezer": unfreezer.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 4}
+            )
+            resumed["model"].load_state_dict(whole["model"].state_dict())
+        unfreezer.apply(epoch)
+        torch.manual_seed(epoch)
+        train_one_epoch(whole["model"], optimizer)
+        scheduler.step()
+    names = resumed | {"torch": torch, "ProgressiveUnfreezer": ProgressiveUnfreezer, "saved": saved}
+    run(code, names)
+    for epoch in range(4, 8):
+        names["unfreezer"].apply(epoch)
+        torch.manual_seed(epoch)
+        train_one_epoch(names["model"], names["optimizer"])
+        names["scheduler"].step()
+    assert differences(optimizer.state_dict(), names["optimizer"].state_dict()) == []
+    assert differences(whole["model"].state_dict(), names["model"].state_dict()) == []
 
 
 @pytest.fixture

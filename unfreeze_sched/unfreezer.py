@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Self, get_args
 
@@ -25,6 +26,8 @@ from unfreeze_sched.optimizer.watch import Probe, Unapplied
 from unfreeze_sched.schedule import MEDIUM, Preset, UnfreezeSchedule
 
 log = logging.getLogger("unfreeze_sched")
+
+_ONE_AT_A_TIME = threading.RLock()  # of the module, since a lock goes into no copy and no pickle
 
 
 class ProgressiveUnfreezer:
@@ -273,24 +276,29 @@ class ProgressiveUnfreezer:
         Raises:
             TypeError: `epoch` is no integer.
             ValueError: `epoch` is negative, or the change is refused; then nothing has changed.
-            RuntimeError: The model no longer holds a block's parameter, or an accumulation is not over; likewise.
+            RuntimeError: The model no longer holds a block's parameter, the optimizer not the template's group, or an
+                accumulation is not over; likewise.
         """
-        number, reached = scheduled, _ = self.schedule.progress_at(epoch)
-        if self.caps:
-            # What the caps held back in the past, the schedule cannot tell.
-            number = min(scheduled, *(cap.cap for cap in self.caps if cap.cap is not None), len(self.blocks))
-            reached = max(number, self._applied[1] if self._applied else 0)
-        is_as_left = (number, reached) == self._applied and self._is_as_left()
-        if is_as_left and not self._has_changed and not self.caps:
-            return UNCHANGED
-        if self._has_changed:  # the loop has trained with that since
-            self._has_changed = False
-            self.rebuilder.warn_of_lost_ratios()
-        change = UNCHANGED if is_as_left else self._bring_to(number, reached)
-        for cap in self.caps:
-            cap.follow(number, len(self.blocks))
-        self._record(int(epoch), number, scheduled)
-        return change
+        with _ONE_AT_A_TIME:
+            number, reached = scheduled, _ = self.schedule.progress_at(epoch)
+            if self.caps:
+                # What the caps held back in the past, the schedule cannot tell.
+                number = min(scheduled, *(cap.cap for cap in self.caps if cap.cap is not None), len(self.blocks))
+                reached = max(number, self._applied[1] if self._applied else 0)
+            is_as_left = (number, reached) == self._applied and self._is_as_left()
+            if is_as_left and not self._has_changed and not self.caps:
+                return UNCHANGED
+            if self._has_changed:  # the loop has trained with that since
+                self._has_changed = False
+                self.rebuilder.warn_of_lost_ratios()
+            is_first = self._applied is None
+            change = UNCHANGED if is_as_left else self._bring_to(number, reached)
+            if is_first and reached < len(self.blocks):
+                self.rebuilder.warn_of_floors()
+            for cap in self.caps:
+                cap.follow(number, len(self.blocks))
+            self._record(int(epoch), number, scheduled)
+            return change
 
     def _is_as_left(self) -> bool:
         """Whether the groups are those that the last call left, none added or loaded, and so are the parameters."""
@@ -362,13 +370,15 @@ class ProgressiveUnfreezer:
         """What is needed to replay the groups in a new process: small, of JSON's types alone.
 
         Returns:
-            The schedule, each block's parameter names and shapes, the numbers of blocks last applied, the history, and
-            the caps' states; a guard that restores weights adds those, and only then it is neither small nor JSON.
+            The schedule, each block's parameter names and shapes, the numbers of blocks last applied, the order of the
+            optimizer's groups, the history, and the caps' states; a guard that restores weights adds those, and only
+            then it is neither small nor JSON.
         """
         return {
             "schedule": self.schedule.model_dump(mode="json"),
             "blocks": self._layout(),
             "applied": None if self._applied is None else list(self._applied),
+            "groups": [known and list(known) for known in self.rebuilder.order()],
             "history": self.history.state_dict(),
             "caps": [cap.state_dict() for cap in self.caps],
         }
@@ -384,7 +394,10 @@ class ProgressiveUnfreezer:
             TypeError: `state_dict` is no mapping.
             ValueError: It belongs to another schedule, model or division into blocks; nothing has changed.
         """
-        saved = as_state(_Saved, state_dict, "ProgressiveUnfreezer")
+        with _ONE_AT_A_TIME:
+            self._load(as_state(_Saved, state_dict, "ProgressiveUnfreezer"), strict)
+
+    def _load(self, saved: _Saved, strict: bool) -> None:
         self._refuse_other_run(saved, strict)
         before = self.history.state_dict(), [cap.state_dict() for cap in self.caps]
         try:
@@ -396,6 +409,7 @@ class ProgressiveUnfreezer:
                     cap.follow(saved.applied[0], len(self.blocks))  # as it did when it was saved; refuses other blocks
             if saved.applied:
                 self._bring_to(*saved.applied)
+                self.rebuilder.restore_order(saved.groups)
         except BaseException:
             self.history.load_state_dict(before[0])
             for cap, own in zip(self.caps, before[1], strict=True):
@@ -415,6 +429,13 @@ class ProgressiveUnfreezer:
             raise ValueError(
                 f"`state_dict` must be one that ProgressiveUnfreezer gave, got applied={list(saved.applied)} of "
                 f"{len(self.blocks)} blocks; pass a saved state_dict() as it is"
+            )
+        # Blocks' groups stand behind those of the user's own that were there before them.
+        before = saved.groups[: max((i for i, known in enumerate(saved.groups) if known), default=0)].count(None)
+        if (own := self.rebuilder.order().count(None)) < before:
+            raise ValueError(
+                f"`state_dict` must be of an optimizer with {own} groups of its own, as this, got one with {before}; "
+                "add them, as the saved run did, before the unfreezer is loaded"
             )
         if len(saved.caps) != len(self.caps):
             raise ValueError(
@@ -449,6 +470,7 @@ class _Saved(BaseModel):
     schedule: Any
     blocks: Any
     applied: tuple[_Number, _Number] | None
+    groups: list[tuple[str, _Number] | None]
     history: Any
     caps: list[Any]
 

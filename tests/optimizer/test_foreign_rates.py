@@ -123,6 +123,6 @@ def test_a_resume_in_the_wrong_order_is_named() -> None:
     fresh = lr_scheduler.ExponentialLR(optimizer, 0.5)
     again = ProgressiveUnfreezer(net.make_blocks(), optimizer, SCHEDULE, [fresh])
     fresh.load_state_dict(saved[1])
-    with pytest.raises(ValueError, match=r"\(load unfreezer, scheduler, optimizer in this order\)"):
+    with pytest.raises(ValueError, match="before the unfreezer; load unfreezer, scheduler, optimizer in this order"):
         again.load_state_dict(saved[0])
     assert len(again.history) == 0

@@ -461,9 +461,9 @@ def test_wrong_numbers_of_blocks(applied: Any) -> None:
     [
         ("state", TypeError, r"`state_dict` must be a mapping, got str; pass a saved state_dict\(\)"),
         (
-            {"groups": []},
+            {"param_groups": []},
             ValueError,
-            r"`state_dict` must have the keys schedule, blocks, applied, history, caps, got 'groups'; pass",
+            r"`state_dict` must have the keys schedule, blocks, applied, groups, history, caps, got 'param_groups'; pass",
         ),
     ],
 )

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from torch import nn
 from torch.optim import ASGD, Optimizer, Rprop
 
-from unfreeze_sched._checks import listed
+from unfreeze_sched._checks import listed, warn
 from unfreeze_sched.model.block import Block, Named
 from unfreeze_sched.optimizer import rates
 from unfreeze_sched.optimizer.counters import written
@@ -134,6 +134,28 @@ def _refuse_forwarding(optimizer: Any) -> None:
             f"`optimizer` must hold its param groups itself, got {type(last).__name__}, which forwards to those of "
             f"another; pass {f'its `{inner[0]}`' if inner else 'the optimizer that it wraps'}"
         )
+
+
+def refuse_taken_names(others: Iterable[Block], blocks: Iterable[Block]) -> None:
+    """Refuse names under which another rebuilder of the optimizer holds other parameters: groups go by name.
+
+    Blocks that share parameters with them may come again, as a second unfreezer's that takes over.
+    """
+    taken = {block.name: set(map(id, block.parameters())) for block in others}
+    for block in blocks:
+        if block.name in taken and taken[block.name].isdisjoint(map(id, block.parameters())):
+            raise ValueError(
+                f"`blocks` must have names of their own, got {block.name!r}, under which another unfreezer of this "
+                f"optimizer holds other parameters; rename it: Block({'second.' + block.name!r}, block.members)"
+            )
+
+
+def refuse_order(names: Sequence[str]) -> NoReturn:
+    """Refuse an optimizer's saved state before the groups that it is of are there, since it is loaded by place."""
+    raise ValueError(
+        f"`optimizer` must have the saved run's groups when its state is loaded, got {listed(names)} in "
+        "another place or in none; load the unfreezer first, then the LR schedulers, then the optimizer"
+    )
 
 
 def refuse_template(optimizer: Optimizer, index: int) -> None:
@@ -316,6 +338,25 @@ def refuse_schedulers(optimizer: Optimizer, schedulers: Sequence[Any] | None) ->
                     "for each group, by unfreeze_sched.optimizer.rates.register, or pass membership='declared' and "
                     "make the rebuilder before the scheduler, which then is not passed"
                 )
+        groups = optimizer.param_groups
+        if any(len(values) != len(groups) for *_, values in rates.rows(scheduler)):
+            refuse_misfit(scheduler, groups)
+
+
+def refuse_misfit(scheduler: Any, groups: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse lists with too many entries for the groups, or too few where nobody can tell the missing ones.
+
+    So they are after a group of the user's own was added or deleted behind the scheduler's back.
+    """
+    for part, name, values in rates.rows(scheduler):
+        missing = [rates.entry_of_own(part, name, group) for group in groups[len(values) :]]
+        if len(values) > len(groups) or None in missing:
+            raise ValueError(
+                f"`lr_schedulers` must have an entry for each of the {len(groups)} groups, got {len(values)} in "
+                f"{type(part).__name__}.{name}: one was added or deleted after the scheduler was made (give the list "
+                "its entry, or make the scheduler when all groups are there), or at a resume the scheduler was loaded "
+                "before the unfreezer; load unfreezer, scheduler, optimizer in this order"
+            )
 
 
 def _is_driven(optimizer: Optimizer) -> bool:
@@ -339,11 +380,27 @@ def refuse_foreign_rate(found: float, reported: Sequence[float]) -> NoReturn:
     )
 
 
+def refuse_lost_template() -> NoReturn:
+    """Refuse joins where the group that they are to be like has gone."""
+    raise RuntimeError(
+        "`template` must be a group of the optimizer, got one that was taken out of it; make the unfreezer after that"
+    )
+
+
 def refuse_floor(scheduler: Any, floor: float, ratio: float) -> NoReturn:
     """Refuse a late join whose rate depends on what a scheduler with a floor did in the past."""
     raise ValueError(
         f"`learning_rate_scale` must be 1 to join late where a {type(scheduler).__name__} with a floor of {floor} has "
         f"played a part that depends on the past, got a ratio of {ratio}; {_DECLARED}"
+    )
+
+
+def warn_of_floor(scheduler: Any, floor: float) -> None:
+    """Say at once what `refuse_floor` may have to say in the middle of a run."""
+    warn(
+        f"`lr_schedulers` should have no floor where blocks join late, got a {type(scheduler).__name__} with one, or "
+        f"with a least step, of {floor:g}: once it has played a part, a transition is refused; set it to 0, pass "
+        f"learning_rate_scale=1.0, or {_DECLARED.removeprefix('pass ')}"
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -175,6 +175,25 @@ def take_out(optimizer: Any, parameters: Iterable[nn.Parameter]) -> Callable[[],
             state.update(content)
 
     return put_back
+
+
+Tag = tuple[str, int] | None
+
+
+def tag(group: Mapping[str, Any]) -> Tag:
+    """Whose group it is: a block's name and the number of its subset, from 0; None for the user's own."""
+    return (group[BLOCK_KEY], group.get(SUBSET_KEY, 0)) if BLOCK_KEY in group else None
+
+
+def reorder(optimizer: Any, order: Sequence[int]) -> None:
+    """Bring the groups, and what lists keep for them, into another order, in place.
+
+    Args:
+        optimizer: The live optimizer.
+        order: The 0-based places that the groups have now, each once.
+    """
+    for values in (optimizer.param_groups, *_rate_lists(optimizer)):
+        values[:] = [values[place] for place in order]
 
 
 def take_back(optimizer: Any, size: int, filled: Iterable[dict[str, Any]] = ()) -> None:

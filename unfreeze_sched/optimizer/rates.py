@@ -227,13 +227,46 @@ def joining_rate(
         return _copied if any(_warms_up_from(leaf) for leaf in all_leaves) else _times(ratio)
     for leaf in all_leaves:
         is_plateau = _kind(leaf.__class__) is ReduceLROnPlateau
-        if is_plateau and not _reduces_alike(leaf, index, float(template["lr"]) * ratio):
+        if is_plateau and leaf.last_epoch and not _is_above(leaf, index, float(template["lr"]) * ratio):
             return Floored(leaf, leaf.min_lrs[index])
-    floored = next((leaf for scheduler in schedulers for leaf in _had_a_say(scheduler) if _floor(leaf)), None)
+    floored = next(filter(_floor, all_leaves), None)
+    if floored:  # those to come in a sequence have had no say
+        floored = next((leaf for scheduler in schedulers for leaf in _had_a_say(scheduler) if _floor(leaf)), None)
     if floored is None:
         return _times(ratio)
     along = _along(schedulers[0], index, ratio) if len(schedulers) == 1 else None
     return along or Floored(floored, _floor(floored))
+
+
+def foreseen(schedulers: Sequence[Any], template: Mapping[str, Any], index: int, ratio: float) -> Floored | None:
+    """What may stand against a late join once training has begun, told from the schedulers as they are.
+
+    It tells `joining_rate`'s answer beforehand: a plateau's floor or least step, which reductions may reach, and floors
+    of several schedulers at work at once, or of timm's, along which there is no map.
+    """
+    schedulers = [unwrapped(scheduler) for scheduler in schedulers]
+    all_leaves = [leaf for scheduler in schedulers for leaf in leaves(scheduler)]
+    if ratio == 1 or template.get("lr") is None:
+        return None
+    for leaf in all_leaves:
+        if _kind(leaf.__class__) is ReduceLROnPlateau:
+            reduced = float(template["lr"]) * leaf.factor * ratio
+            if leaf.min_lrs[index] > 0 or not _is_above(leaf, index, reduced):
+                return Floored(leaf, leaf.min_lrs[index] or leaf.eps)
+        elif _floor(leaf) and row_of(leaf.__class__) is _TIMM:
+            return Floored(leaf, _floor(leaf))
+    mixed = all_leaves if len(schedulers) > 1 else list(_mixed(schedulers[0])) if schedulers else []
+    return next((Floored(leaf, _floor(leaf)) for leaf in mixed if _floor(leaf)), None)
+
+
+def _mixed(scheduler: Any) -> Iterator[Any]:
+    """The leaves that work at the same time as another."""
+    parts = scheduler._schedulers if _kind(scheduler.__class__) in _COMPOSITES else ()  # noqa: SLF001  # no public name
+    if _kind(scheduler.__class__) is ChainedScheduler and len(parts) > 1:
+        yield from leaves(scheduler)
+    else:
+        for part in parts:
+            yield from _mixed(part)
 
 
 def _copied(rate: Rate) -> Rate:
@@ -321,10 +354,8 @@ def _stands_at_first(leaf: Any, template: dict[str, Any], index: int, ratio: flo
     return bool(leaf.last_epoch <= 0)  # in a sequence those to come stand at -1
 
 
-def _reduces_alike(plateau: Any, index: int, rate: float) -> bool:
-    """Whether a group at this rate would have gone through the reductions that the template went through."""
-    if plateau.last_epoch == 0:
-        return True
+def _is_above(plateau: Any, index: int, rate: float) -> bool:
+    """Whether a group that stands at this rate went through the reductions that the template went through."""
     least = rate * (1 / plateau.factor - 1)  # what the last reduction took off
     return bool(rate >= plateau.min_lrs[index] and least > plateau.eps)
 
@@ -332,12 +363,12 @@ def _reduces_alike(plateau: Any, index: int, rate: float) -> bool:
 # --- the row of a joining group
 
 
-def join(scheduler: Any, groups: int, index: int, ratio: float, rate: RateMap) -> None:
+def join(scheduler: Any, groups: Sequence[Mapping[str, Any]], index: int, ratio: float, rate: RateMap) -> None:
     """Give a scheduler, and those within it, the row of the group that has just become the optimizer's last.
 
     Args:
         scheduler: A known scheduler.
-        groups: Number of the optimizer's groups, the new one included.
+        groups: The optimizer's, the new one included.
         index: 0-based place of the template among them.
         ratio: Learning rate of the group over that of the template.
         rate: What `joining_rate` gave for them.
@@ -361,7 +392,8 @@ def join(scheduler: Any, groups: int, index: int, ratio: float, rate: RateMap) -
         for name, change in changes.items():
             values = getattr(part, name, None)
             # The length tells a list that was extended already: a composite's `_last_lr` may be its child's.
-            if values is not None and len(values) < groups:
+            if values is not None and len(values) < len(groups):
+                values += [entry_of_own(part, name, group) for group in groups[len(values) : -1]]
                 values.append(change(values[index]))
         if row is _TIMM and part.warmup_t and ratio != 1:
             part.warmup_steps[-1] = _warmup_step(part)
@@ -369,12 +401,33 @@ def join(scheduler: Any, groups: int, index: int, ratio: float, rate: RateMap) -
 
 def leave(scheduler: Any, groups: int) -> None:
     """Take back what `join` gave for groups from the 0-based place `groups` on."""
-    for part in _with_inner(unwrapped(scheduler)):
-        row = row_of(part.__class__)
-        for name in ("base_lrs", "_last_lr", *row.scaled_lists, *row.copied_lists):
-            values = getattr(part, name, None)
-            if values is not None:
-                del values[groups:]
+    for _, _, values in rows(scheduler):
+        del values[groups:]
+
+
+def reorder(scheduler: Any, order: Sequence[int]) -> None:
+    """Bring the rows into another order, in place, given the 0-based places that they have now."""
+    shared = {id(values): values for _, _, values in rows(scheduler)}  # once, where two schedulers hold one list
+    for values in shared.values():
+        values[:] = [values[place] for place in order]
+
+
+def rows(scheduler: Any) -> list[tuple[Any, str, list[Any]]]:
+    """Whatever list has an entry for each group, of a scheduler and those within it: whose, its name, the list."""
+    return [
+        (part, name, values)
+        for part in _with_inner(unwrapped(scheduler))
+        for row in [row_of(part.__class__)]
+        for name in ("base_lrs", "_last_lr", *row.scaled_lists, *row.copied_lists)
+        if (values := getattr(part, name, None)) is not None
+    ]
+
+
+def entry_of_own(part: Any, name: str, group: Mapping[str, Any]) -> Any:
+    """What a group that the user added himself would have in a list; None where it is the user's to say."""
+    if name in {"base_lrs", "_last_lr"}:
+        return group.get("initial_lr" if name == "base_lrs" else "lr", group.get("lr"))
+    return getattr(part, "default_min_lr", None) if name == "min_lrs" else None
 
 
 def scaled_keys(schedulers: Sequence[Any]) -> tuple[str, ...]:

@@ -33,7 +33,7 @@ from unfreeze_sched.optimizer import admission, groups, rates
 from unfreeze_sched.optimizer.groups import BLOCK_KEY, SUBSET_KEY
 from unfreeze_sched.optimizer.subsets import Overrides, Subset, subsets_of
 from unfreeze_sched.optimizer.warmup import Warmup
-from unfreeze_sched.optimizer.watch import Accumulation, FirstStep, Owners, Probe
+from unfreeze_sched.optimizer.watch import Accumulation, Claim, FirstStep, Owners, Probe
 
 OnRefreeze = Literal["keep", "drop"]
 Membership = Literal["late", "declared"]
@@ -145,13 +145,16 @@ class OptimizerRebuilder:
         decay = as_ratio(layer_decay, "layer_decay", fix=keeps)
         total = len(self.blocks)
         self._ratios = [scale * decay ** (total - 1 - index) for index, scale in enumerate(self.scales)]
-        self._template = as_count(template, "template", minimum=0, fix="0 is the head's group")
-        admission.refuse_template(optimizer, self._template)
+        template = as_count(template, "template", minimum=0, fix="0 is the head's group")
+        admission.refuse_template(optimizer, template)
+        self._template = optimizer.param_groups[template]["params"]  # the list, which stays when groups are loaded
         late = membership == "late"
-        admission.refuse_optimizer(optimizer, self._template, self._ratios, late=late, drops=on_refreeze == "drop")
-        keys = optimizer.param_groups[self._template].keys()
+        admission.refuse_optimizer(optimizer, template, self._ratios, late=late, drops=on_refreeze == "drop")
+        keys = optimizer.param_groups[template].keys()
         self.subsets = [subsets_of(index, block, no_decay, keys) for index, block in enumerate(self.blocks)]
         admission.refuse_members(optimizer, self.blocks)
+        stepping = groups.innermost(optimizer)
+        admission.refuse_taken_names(Claim.of_others(stepping), self.blocks)
         self._admitted: set[Hashable] = set()
         self._warned = False
         for subset in chain.from_iterable(self.subsets):
@@ -159,13 +162,13 @@ class OptimizerRebuilder:
                 like = optimizer.param_groups[self._template_of(subset)]
                 admission.refuse_unfit(optimizer, like, subset.samples, self._admitted)
         warmup_steps = as_count(warmup_steps, "warmup_steps", minimum=0, fix="it is a number of optimizer steps")
-        admission.refuse_warmup(optimizer, warmup_steps, self._template)
+        admission.refuse_warmup(optimizer, warmup_steps, template)
         one_of(probe, "probe", get_args(Probe))
         admission.refuse_schedulers(optimizer, lr_schedulers)
         declared = [] if late else [self._join(subset.only(()), None) for subset in self._subsets(self._all())]
         # Nothing is refused from here on, so that no hook of a refused rebuilder stays behind.
         self._carry_out(declared)
-        stepping = groups.innermost(optimizer)
+        self.claim = Claim(stepping, self.blocks)
         self.owners = Owners(self.blocks)
         self.accumulation = Accumulation.on(stepping)
         self.first_step = FirstStep(stepping, probe)
@@ -179,7 +182,8 @@ class OptimizerRebuilder:
 
         Raises:
             ValueError: The change would go wrong; optimizer, schedulers and model are as they were.
-            RuntimeError: The model no longer holds a block's parameter, or an accumulation is not over; likewise.
+            RuntimeError: The model no longer holds a block's parameter, the optimizer not the template's group, or an
+                accumulation is not over; likewise.
         """
         return self.sync_blocks(self._all())
 
@@ -223,18 +227,33 @@ class OptimizerRebuilder:
         """Warn once where a block's rate is not its share of the template's; schedulers that were passed keep it."""
         if self._warned or (self.lr_schedulers and self.membership == "late"):
             return
-        for subset in self._subsets(self._all()):
+        subsets = {(self.blocks[s.block].name, s.number): s for s in self._subsets(self._all())}
+        for group in self.optimizer.param_groups:
+            subset = (known := groups.tag(group)) and subsets.get(known)
+            if subset is None or not group["params"]:
+                continue
             template, ratio = self.optimizer.param_groups[self._template_of(subset)], self._ratios[subset.block]
-            for group in self._groups_of(subset):
-                if group["params"] and rates.has_lost(group, template, ratio, declared=self.membership == "declared"):
-                    self._warned = True
-                    warn(
-                        f"`learning_rate_scale` should hold, {ratio:g} of the template's rate, got "
-                        f"{self.blocks[subset.block].name} at {float(group['lr']):g} beside {float(template['lr']):g}: "
-                        "a loop or scheduler gives all groups one rate; multiply by group['lr_scale'], or give the "
-                        "scheduler a list with one max_lr or base_lr for each group"
-                    )
-                    return
+            if rates.has_lost(group, template, ratio, declared=self.membership == "declared"):
+                self._warned = True
+                warn(
+                    f"`learning_rate_scale` should hold, {ratio:g} of the template's rate, got "
+                    f"{self.blocks[subset.block].name} at {float(group['lr']):g} beside {float(template['lr']):g}: "
+                    "a loop or scheduler gives all groups one rate; multiply by group['lr_scale'], or give the "
+                    "scheduler a list with one max_lr or base_lr for each group"
+                )
+                return
+
+    def warn_of_floors(self) -> None:
+        """Warn once of an LR scheduler under which a join will be refused when training is under way."""
+        if self.membership == "declared" or self._warned or not self.lr_schedulers:
+            return
+        for subset in self._subsets(self._all()):
+            index, ratio = self._template_of(subset), self._ratios[subset.block]
+            template = self.optimizer.param_groups[index]
+            if floored := rates.foreseen(self.lr_schedulers, template, index, ratio):
+                self._warned = True
+                admission.warn_of_floor(floored.scheduler, floored.floor)
+                return
 
     def learning_rates(self) -> dict[str, float]:
         """The learning rate of each block's group now, by the block's name."""
@@ -244,6 +263,27 @@ class OptimizerRebuilder:
             for group in self.optimizer.param_groups
             if group.get(BLOCK_KEY) in names and SUBSET_KEY not in group and group.get("lr") is not None
         }
+
+    def order(self) -> list[groups.Tag]:
+        """The tags of all the optimizer's groups, None for the user's own."""
+        return [groups.tag(group) for group in self.optimizer.param_groups]
+
+    def restore_order(self, saved: Sequence[groups.Tag]) -> None:
+        """Bring groups and rows into a saved run's order, since an optimizer's state is loaded by place.
+
+        Args:
+            saved: What `order` gave then. Groups that it does not know go last, and those that are not here yet, as
+                another unfreezer's, come to their places when that is loaded.
+        """
+        places: dict[groups.Tag, list[int]] = {}
+        for place, known in enumerate(self.order()):
+            places.setdefault(known, []).append(place)
+        order = [places[known].pop(0) for known in saved if places.get(known)]
+        order += sorted(chain.from_iterable(places.values()))
+        if order != sorted(order):
+            groups.reorder(self.optimizer, order)
+            for scheduler in self.lr_schedulers or ():
+                rates.reorder(scheduler, order)
 
     def _all(self) -> range:
         return range(len(self.blocks) - 1, -1, -1)
@@ -307,7 +347,10 @@ class OptimizerRebuilder:
             for index, group in enumerate(self.optimizer.param_groups):
                 if BLOCK_KEY not in group and all(group.get(key) == value for key, value in subset.overrides.items()):
                     return index
-        return self._template
+        places = (i for i, group in enumerate(self.optimizer.param_groups) if group["params"] is self._template)
+        if (place := next(places, None)) is None:
+            admission.refuse_lost_template()
+        return place
 
     def _clone(self, subset: Subset, template: dict[str, Any], ratio: float, rate: rates.RateMap) -> dict[str, Any]:
         """A group like the live template: `add_param_group` alone would fill in the constructor's defaults instead."""
@@ -341,7 +384,7 @@ class OptimizerRebuilder:
                 ratio = self._ratios[subset.block]
                 groups.add(optimizer, group, template, ratio)
                 for scheduler in schedulers:
-                    rates.join(scheduler, len(optimizer.param_groups), template, ratio, rate)
+                    rates.join(scheduler, optimizer.param_groups, template, ratio, rate)
         except BaseException:  # an interrupt would leave the schedulers a row short for good
             groups.take_back(optimizer, size, [join.group for join in joins if join.rate is None])
             for scheduler in schedulers:

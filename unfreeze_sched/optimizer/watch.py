@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import zip_longest
 from operator import is_
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -18,7 +19,8 @@ from torch.utils.weak import TensorWeakRef
 from unfreeze_sched import parallel
 from unfreeze_sched._checks import listed, warn
 from unfreeze_sched.model.block import Block, Named
-from unfreeze_sched.optimizer.admission import refuse_differing
+from unfreeze_sched.optimizer.admission import refuse_differing, refuse_order
+from unfreeze_sched.optimizer.groups import tag
 
 Probe = Literal["ranks", "local", "off"]
 
@@ -26,6 +28,7 @@ _Held = tuple[Mapping[str, Any], tuple[nn.Parameter | None, ...]]  # a module's 
 _Used = tuple[TensorWeakRef, int]  # a gradient, which it does not keep, and torch's count of its changes
 _SHOWN = 10
 _WITNESSES = 4
+_Kind = TypeVar("_Kind", bound="Watcher")
 # Norms of equal gradients may differ in their last bits on ranks with unlike hardware; those of other batches differ
 # by far more.
 _RELATIVE_TOLERANCE = 1e-9
@@ -166,10 +169,15 @@ class StepHooks:
         if not self._handles:
             self._handles.append(optimizer.register_step_pre_hook(self._before_step))
             self._handles.append(optimizer.register_step_post_hook(self._after_step))
+            self._handles.append(optimizer.register_load_state_dict_pre_hook(self._before_load))
+
+    def of_kind(self, kind: type[_Kind]) -> Iterator[_Kind]:
+        """Those of a kind."""
+        return (watcher for watcher in self._live() if isinstance(watcher, kind))
 
     def first(self, kind: type[Watcher]) -> Watcher | None:
         """The first of a kind, which does for all what must not be done twice."""
-        return next((watcher for watcher in self._live() if isinstance(watcher, kind)), None)
+        return next(self.of_kind(kind), None)
 
     def _forget(self, gone: ref[Watcher]) -> None:
         self._watchers.remove(gone)
@@ -189,8 +197,29 @@ class StepHooks:
             watcher.after_step()
         self._in_step = False
 
+    @staticmethod
+    def _before_load(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
+        """A state is loaded by place: refuse one of other groups of blocks, of which no place would tell."""
+        saved, live = list(map(tag, state_dict["param_groups"])), list(map(tag, optimizer.param_groups))
+        differing = [pair for pair in zip_longest(saved, live) if pair[0] != pair[1]]
+        if names := [str(known[0]) for pair in differing for known in pair if known is not None]:
+            refuse_order(list(dict.fromkeys(names)))
+
     def _live(self) -> Iterator[Watcher]:
         return (watcher for reference in tuple(self._watchers) if (watcher := reference()) is not None)
+
+
+class Claim(Watcher):
+    """The blocks of a rebuilder, for those that are made later on the same optimizer to see."""
+
+    def __init__(self, optimizer: Optimizer, blocks: Sequence[Block]) -> None:
+        super().__init__(optimizer)
+        self.blocks = blocks
+
+    @classmethod
+    def of_others(cls, optimizer: Optimizer) -> list[Block]:
+        """All blocks that are claimed."""
+        return [block for claim in StepHooks.on(optimizer).of_kind(cls) for block in claim.blocks]
 
 
 class Unapplied(Watcher):
@@ -233,8 +262,7 @@ class Accumulation(Watcher):
     @classmethod
     def on(cls, optimizer: Optimizer) -> Accumulation:
         """The one of an optimizer, for all that change it: a later one is to know of the steps before."""
-        known = StepHooks.on(optimizer).first(cls)
-        return known if isinstance(known, cls) else cls(optimizer)
+        return next(StepHooks.on(optimizer).of_kind(cls), None) or cls(optimizer)
 
     def is_pending(self) -> bool:
         """Whether there are gradients that no step has used."""
