@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.nn.parallel import DistributedDataParallel
 
 from unfreeze_sched import ProgressiveUnfreezer, RatePreset, UnfreezeSchedule
+from unfreeze_sched.optimizer.groups import BLOCK_KEY
 from unfreeze_sched.parallel import all_trainable, rewrap_ddp
 
 
@@ -118,6 +119,21 @@ def test_a_scheduler_rebuilt_at_a_resume() -> None:
         names["scheduler"].step()
     assert differences(optimizer.state_dict(), names["optimizer"].state_dict()) == []
     assert differences(whole["model"].state_dict(), names["model"].state_dict()) == []
+
+
+def test_tensorboard(tmp_path: Path) -> None:
+    """Each block's rate is written under its name from the epoch at which it joined, beside the head's."""
+    tensorboard = pytest.importorskip("torch.utils.tensorboard")
+    reading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    *_, code = snippets("recipes.md")
+    names = make() | {"writer": tensorboard.SummaryWriter(tmp_path), "epochs": 8, "train_one_epoch": train_one_epoch}
+    run(code, names)
+    names["writer"].close()
+    written = reading.EventAccumulator(str(tmp_path)).Reload()
+    steps = {tag: [row.step for row in written.Scalars(tag)] for tag in written.Tags()["scalars"]}
+    assert steps == {"lr/head": [*range(8)], **{f"lr/block{3 - n}": [*range(2 * n - 1, 8)] for n in (1, 2, 3)}}
+    assert written.Scalars("lr/block2")[0].value == pytest.approx(written.Scalars("lr/head")[1].value / 10)
+    assert f"'{BLOCK_KEY}'" in code
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import math
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
@@ -26,8 +27,19 @@ L = pytest.importorskip("lightning.pytorch")
 
 from lightning.pytorch.loggers import CSVLogger  # noqa: E402  # after the skip
 
-from unfreeze_sched import MEDIUM, Block, ProgressiveUnfreezer, RatePreset, UnfreezeSchedule  # noqa: E402
+from unfreeze_sched import (  # noqa: E402
+    MEDIUM,
+    Block,
+    MilestonePreset,
+    ProgressiveUnfreezer,
+    RatePreset,
+    UnfreezeSchedule,
+    encoder_blocks,
+)
+from unfreeze_sched.guards import OverfitGuard, PlateauTrigger  # noqa: E402
 from unfreeze_sched.integrations.lightning import UnfreezeCallback  # noqa: E402
+from unfreeze_sched.model.freezing import freeze  # noqa: E402
+from unfreeze_sched.optimizer import rates  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning"),
@@ -143,12 +155,19 @@ def trainer(root: Path, callback: Any, epochs: int = EPOCHS, **keywords: Any) ->
 
 
 def plain_loop(
-    net: Net, schedule: UnfreezeSchedule, batches: Callable[[int], Any] = lambda _: loader(), **keywords: Any
+    net: Net,
+    schedule: UnfreezeSchedule,
+    batches: Callable[[int], Any] = lambda _: loader(),
+    optimizer: Any = None,
+    scheduler: Any = None,
+    **keywords: Any,
 ) -> tuple[Any, Any]:
     """What the callback has to equal: the library in a loop of one's own."""
-    optimizer = torch.optim.AdamW(net.head.parameters(), lr=0.01)
-    scheduler = cosine(optimizer)
-    unfreezer = ProgressiveUnfreezer(net.make_blocks(), optimizer, schedule, lr_schedulers=[scheduler], **keywords)
+    if optimizer is None:
+        optimizer = torch.optim.AdamW(net.head.parameters(), lr=0.01)
+        scheduler = cosine(optimizer)
+    schedulers = [] if scheduler is None else [scheduler]
+    unfreezer = ProgressiveUnfreezer(net.make_blocks(), optimizer, schedule, lr_schedulers=schedulers, **keywords)
     for epoch in range(EPOCHS):
         net.train()
         unfreezer.apply(epoch)
@@ -156,7 +175,8 @@ def plain_loop(
             optimizer.zero_grad()
             nn.functional.mse_loss(net(x), y).backward()
             optimizer.step()
-        scheduler.step()
+        for each in schedulers:
+            each.step()
     return optimizer, scheduler
 
 
@@ -302,6 +322,26 @@ def test_resume_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
     assert_equal(net, run.optimizers[0], whole_net, whole.optimizers[0])
 
 
+def test_a_cap_is_heard_at_the_next_epoch_after_a_resume_too(tmp_path: Path) -> None:
+    """A block that a validation in mid-epoch freed joins when the next epoch starts, not at the resume in between."""
+
+    def run(net: Net, ckpt: Any = None) -> tuple[Any, Any]:
+        caps = [PlateauTrigger(patience=1, min_delta=10.0)]
+        callback = UnfreezeCallback(MilestonePreset(milestones={0: 3}), blocks_of, monitor="val_loss", caps=caps)
+        saver = L.callbacks.ModelCheckpoint(tmp_path / "kept", "{step}", every_n_train_steps=5, save_top_k=-1)
+        run = trainer(tmp_path, callback, callbacks=[saver], enable_checkpointing=True, val_check_interval=2)
+        run.fit(Automatic(net), Resumable(loader().dataset, batch_size=4), loader(), ckpt_path=ckpt)
+        return run, callback.unfreezer
+
+    whole_net, _ = twins()
+    whole, unfreezer = run(whole_net)
+    net = Net()
+    resumed, again = run(net, tmp_path / "kept" / "step=5.ckpt")
+    assert [(past.epoch, past.number) for past in again.history] == [(0, 0), (1, 1), (2, 2), (3, 3)]
+    assert list(again.history) == list(unfreezer.history)
+    assert_equal(net, resumed.optimizers[0], whole_net, whole.optimizers[0])
+
+
 def test_resume_refuses_another_schedule(tmp_path: Path) -> None:
     """A checkpoint of another preset is refused with the difference, and so is one of another length, if it is given."""
     saver = L.callbacks.ModelCheckpoint(tmp_path / "kept")
@@ -313,6 +353,131 @@ def test_resume_refuses_another_schedule(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=difference):
             fit(tmp_path, Automatic(Net()), 7, callback=UnfreezeCallback(schedule, blocks_of), ckpt=saved)
+
+
+@pytest.mark.parametrize("unit", ["epochs", "steps"])
+def test_a_resume_into_more_blocks(tmp_path: Path, unit: Any) -> None:
+    """With `strict=False` a run goes on with a schedule that unfreezes more of the blocks, or later; without, never."""
+    each = 1 if unit == "epochs" else 6
+    fewer = MilestonePreset(milestones={each: 1}, learning_rate_scale=0.5)
+    more = MilestonePreset(milestones={each: 1, 3 * each: 3}, learning_rate_scale=0.5)
+    whole_net, _ = twins()
+    whole = fit(tmp_path, Automatic(whole_net), callback=UnfreezeCallback(more, blocks_of, unit=unit))
+    saver = L.callbacks.ModelCheckpoint(tmp_path / "kept")
+    keywords = {"enable_checkpointing": True, "callbacks": [saver]}
+    fit(tmp_path, Automatic(twins()[0]), 2, callback=UnfreezeCallback(fewer, blocks_of, unit=unit), **keywords)
+    (saved,) = (tmp_path / "kept").iterdir()
+
+    with pytest.raises(ValueError, match=r"; pass strict=False to go on with another schedule$"):
+        fit(tmp_path, Automatic(Net()), callback=UnfreezeCallback(more, blocks_of, unit=unit), ckpt=saved)
+    net, callback = Net(), UnfreezeCallback(more, blocks_of, unit=unit, strict=False)
+    resumed = fit(tmp_path, Automatic(net), callback=callback, ckpt=saved)
+    assert_equal(net, resumed.optimizers[0], whole_net, whole.optimizers[0])
+    assert [(past.epoch, past.number) for past in callback.unfreezer.history] == [(0, 0), (each, 1), (3 * each, 3)]
+
+
+class Frozen(Automatic):
+    """Whose blocks were frozen before the fit, as DistillationUNetWrapper does; one norm is the user's to hold."""
+
+    def __init__(self, net: Net, when: str) -> None:
+        super().__init__(net)
+        if when == "before":
+            net.blocks[2][1].eval()
+        for block in net.make_blocks():
+            freeze(block)
+        if when == "after":
+            net.blocks[2][1].eval()
+
+
+def tracked(net: Net) -> list[int]:
+    return [int(block[1].num_batches_tracked) for block in net.blocks]
+
+
+def test_norms_that_the_library_held_before_the_fit(tmp_path: Path) -> None:
+    """They train once their block has joined, as in the plain loop."""
+    net, twin = twins()
+    run = fit(tmp_path, Frozen(net, "never"))
+    optimizer, _ = plain_loop(twin, schedule_of())
+    assert_equal(net, run.optimizers[0], twin, optimizer)
+    assert tracked(net) == [12, 18, 24]  # six batches an epoch, from epochs 3, 2 and 1 on
+
+
+def test_the_norms_of_the_wrapper(tmp_path: Path) -> None:
+    """DistillationUNetWrapper freezes in its constructor; each block's norms train from the epoch at which it joins."""
+    pytest.importorskip("segmentation_models_pytorch")
+    from unfreeze_sched.distill import DistillationUNetWrapper  # noqa: PLC0415  # after the skip
+    from unfreeze_sched.distill.wrapper import LATER  # noqa: PLC0415
+
+    class Module(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wrapper = DistillationUNetWrapper(
+                student_encoder="resnet18",
+                student_weights=None,
+                teacher_encoder="resnet18",
+                teacher_checkpoint_path=LATER,
+                progressive_unfreeze=True,
+            )
+
+        def training_step(self, batch: Any, _: int) -> Tensor:
+            student, teacher = self.wrapper(batch[0])
+            return nn.functional.mse_loss(student, teacher)
+
+        def validation_step(self, batch: Any, _: int) -> None:
+            self.wrapper(batch[0])
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW(self.wrapper.student.parameters(), lr=1e-3)
+
+    module, batches = Module(), DataLoader(TensorDataset(torch.randn(4, 3, 64, 64)), 2)
+    preset = RatePreset(unfreeze_start_epoch=1, unfreeze_rate=1)
+    callback = UnfreezeCallback(preset, lambda module: module.wrapper.blocks)
+    trainer(tmp_path, callback, 3).fit(module, batches, batches)
+    tracked = [
+        {int(norm.num_batches_tracked) for norm in block.modules() if isinstance(norm, nn.BatchNorm2d)}
+        for block in callback.unfreezer.blocks
+    ]
+    assert tracked == [{0}] * (len(tracked) - 2) + [{2}, {4}]
+
+
+def test_a_fresh_fit_begins_in_training_mode(tmp_path: Path) -> None:
+    """Norms are held once training has begun, after Lightning has looked for modules that are in evaluation mode."""
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        fit(tmp_path, Automatic(Net()))
+    assert not any("in eval mode at the start" in str(each.message) for each in seen)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_norms_that_the_user_put_into_evaluation(tmp_path: Path, when: str) -> None:
+    """They stay there, whether that was before the library held them or after."""
+    net, _ = twins()
+    fit(tmp_path, Frozen(net, when))
+    assert tracked(net) == [12, 18, 0]
+
+
+@pytest.mark.parametrize("first", ["validate", "fit", "interrupted"])
+def test_norms_in_a_further_run(tmp_path: Path, first: str) -> None:
+    """What evaluations of an earlier run asked of held norms is not the user's wish, neither for the next callback."""
+    net, _ = twins()
+    module = Frozen(net, "never")
+    callback = UnfreezeCallback(PRESET, blocks_of)
+    if first == "validate":
+        trainer(tmp_path, callback).validate(module, loader(), verbose=False)
+    elif first == "fit":
+        fit(tmp_path, module, 2, callback=callback)
+    else:
+
+        class Stop(L.Callback):
+            def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+                if trainer.current_epoch == 1:
+                    raise RuntimeError("stop here")
+
+        with pytest.raises(RuntimeError, match="stop here"):
+            fit(tmp_path, module, 2, callback=callback, callbacks=[Stop()])
+    before = tracked(net)
+    fit(tmp_path, module, callback=callback if first == "validate" else UnfreezeCallback(PRESET, blocks_of))
+    assert [after - past for after, past in zip(tracked(net), before, strict=True)] == [12, 18, 24]
 
 
 def test_a_second_fit_begins_anew(tmp_path: Path) -> None:
@@ -367,6 +532,61 @@ def test_the_blocks_are_found(tmp_path: Path) -> None:
         "net.layer4",
         "net.layer3",
     ]
+
+
+class Plain(L.LightningModule):
+    """As it is often written: the network in an attribute, which the training step calls, and no forward."""
+
+    def __init__(self, name: str, net: nn.Module, **others: nn.Module) -> None:
+        super().__init__()
+        for key, module in {name: net, **others}.items():
+            setattr(self, key, module)
+        self.run = getattr(self, name)
+
+    def training_step(self, batch: Any, _: int) -> Tensor:
+        return nn.functional.cross_entropy(self.run(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=0.01)
+
+
+def convolutions() -> nn.Module:
+    """A network that no library made, so that its head has to be said."""
+    stem, body = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+    return nn.Sequential(stem, nn.ReLU(), body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+
+
+def known() -> nn.Module:
+    return pytest.importorskip("timm").create_model("test_resnet", num_classes=2)
+
+
+@pytest.mark.parametrize(
+    ("module", "head", "fix"),
+    [
+        (lambda: Plain("net", known()), None, "module.net"),
+        (lambda: Plain("student", known(), loss=nn.Linear(2, 2)), None, "module.student"),
+        (lambda: Plain("net", known(), teacher=known()), None, "module.model"),  # which of them, nobody knows
+        (lambda: Plain("net", convolutions()), None, "module.net, head=[...]"),
+        (lambda: Plain("net", convolutions()), lambda module: [module.net[5]], "module.net, head=[...]"),
+    ],
+)
+def test_where_the_blocks_are_is_asked_for(tmp_path: Path, module: Any, head: Any, fix: str) -> None:
+    """What encoder_blocks cannot tell of a LightningModule is asked for with the module's own attribute; that way works."""
+    text = f"; pass blocks=lambda module: encoder_blocks({fix})"
+    with pytest.raises(ValueError, match=re.escape(text) + "$"):
+        trainer(tmp_path, UnfreezeCallback(PRESET, head=head), 3).fit(module(), images())
+    code = fix.replace("head=[...]", "head=[module.net[5]]").replace("module.model", "module.net")
+    blocks = eval(f"lambda module: encoder_blocks({code})", {"encoder_blocks": encoder_blocks})  # noqa: S307
+    run = trainer(tmp_path, UnfreezeCallback(PRESET, blocks), 3)
+    run.fit(module(), images())
+    assert len(run.optimizers[0].param_groups) > 1
+
+
+def test_what_is_wrong_with_a_head_is_told_of_the_head(tmp_path: Path) -> None:
+    """A head that is not in the module is the callback's own argument, and is named as such."""
+    callback = UnfreezeCallback(PRESET, head=[nn.Linear(2, 2)])
+    with pytest.raises(ValueError, match=r"`head` must hold parts of the model, .*; pass the modules that train from"):
+        trainer(tmp_path, callback, 3).fit(Plain("net", known()), images())
 
 
 class Pair(L.LightningModule):
@@ -456,7 +676,7 @@ def test_a_fit_is_refused(tmp_path: Path, make: Any, callback: Any, error: str) 
 
 def test_a_preset_needs_an_end(tmp_path: Path) -> None:
     """A preset is laid over `max_epochs`, so a run without one needs a schedule."""
-    text = "`schedule` must be an UnfreezeSchedule where the run has no end, got a RatePreset; pass UnfreezeSchedule(preset=..., total_blocks=..., total_epochs=...)"
+    text = "`schedule` must be an UnfreezeSchedule where the run's number of epochs is not known, got a RatePreset; pass UnfreezeSchedule(preset=..., total_blocks=..., total_epochs=...)"
     with pytest.raises(ValueError, match=re.escape(text)):
         fit(tmp_path, Automatic(Net()), -1, max_steps=3)
     fit(tmp_path, Automatic(Net()), -1, max_steps=3, callback=UnfreezeCallback(schedule_of(), blocks_of))
@@ -468,9 +688,103 @@ def test_a_trial_run(tmp_path: Path) -> None:
     assert len(run.optimizers[0].param_groups) == 1
 
 
+class Halving(torch.optim.lr_scheduler.LRScheduler):
+    """A class that nobody knows."""
+
+    def get_lr(self) -> Any:
+        return [base * 0.5**self.last_epoch for base in self.base_lrs]
+
+
+class Known(Halving):
+    """One that the user has made known."""
+
+    def get_lr(self) -> Any:
+        return [base * 0.5**self.last_epoch for base in self.base_lrs]
+
+
+class Scheduled(Automatic):
+    """With the scheduler of a test, and perhaps a rate of its own."""
+
+    def __init__(self, net: Net, make: Any, *, returned: bool = True, by_hand: bool = False) -> None:
+        super().__init__(net)
+        self.make, self.returned, self.by_hand = make, returned, by_hand
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.net.parameters(), lr=0.01)
+        self.scheduler = self.make(optimizer)
+        config = {"scheduler": self.scheduler, "monitor": "val_loss"}
+        return {"optimizer": optimizer, **({"lr_scheduler": config} if self.returned else {})}
+
+    def on_train_epoch_end(self) -> None:
+        if self.by_hand:
+            for group in self.trainer.optimizers[0].param_groups:
+                group["lr"] = 0.003 * group.get("lr_scale", 1)
+
+
+def plateau(optimizer: Any) -> Any:
+    return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, "max", 0.5, patience=0, min_lr=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("module", "fix", "error"),
+    [
+        (
+            {"make": Halving},
+            "say what it keeps for each group, by unfreeze_sched.optimizer.rates.register, or return another from configure_optimizers",
+            TypeError,
+        ),
+        (
+            {"make": cosine, "returned": False},
+            "return it from configure_optimizers, where the callback finds it",
+            ValueError,
+        ),
+        ({"make": plateau}, "pass membership='declared'", ValueError),
+        (
+            {"make": cosine, "by_hand": True},
+            "leave the rate to the LR scheduler, or, where your own code sets each group's, say callback.unfreezer.rebuilder.lr_schedulers = None when training starts",
+            ValueError,
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:`lr_schedulers` should have no floor")
+def test_refusals_name_what_works_in_lightning(tmp_path: Path, module: Any, fix: str, error: type[Exception]) -> None:
+    """Lightning makes the schedulers before the callback sees anything, so no error says to come before them."""
+    with pytest.raises(error, match=re.escape(f"; {fix}") + "$"):
+        fit(tmp_path, Scheduled(Net(), **module))
+
+
+def test_what_the_refusals_name_works(tmp_path: Path) -> None:
+    """A class made known, a floor declared, and rates that the module's own code sets."""
+    rates.register(Known)
+    run = fit(tmp_path, Scheduled(Net(), Known))
+    assert [group["lr"] for group in run.optimizers[0].param_groups] == [0.01 / 32] + [0.01 / 64] * 3
+    declared = UnfreezeCallback(PRESET, blocks_of, membership="declared")
+    run = fit(tmp_path, Scheduled(Net(), plateau), callback=declared)
+    assert [group["lr"] for group in run.optimizers[0].param_groups] == [2e-3] * 4
+
+    class Own(L.Callback):
+        def on_train_start(self, trainer: Any, *_: Any) -> None:
+            callback.unfreezer.rebuilder.lr_schedulers = None
+            trainer.optimizers[0].param_groups[0]["lr_scale"] = 1.0
+
+    callback = UnfreezeCallback(PRESET, blocks_of)
+    run = fit(tmp_path, Scheduled(Net(), cosine, by_hand=True), callback=callback, callbacks=[Own()])
+    assert [group["lr"] for group in run.optimizers[0].param_groups] == [0.003] + [0.0015] * 3
+
+
 @pytest.mark.parametrize(
     ("call", "error", "text"),
     [
+        (
+            lambda: UnfreezeCallback(PRESET, unit="batches"),
+            ValueError,
+            "`unit` must be one of epochs, steps, got 'batches'; 'epochs' is the default",
+        ),
+        (
+            lambda: UnfreezeCallback(PRESET, strict="no"),
+            TypeError,
+            "`strict` must be True or False, got 'no'; False lets another schedule go on",
+        ),
         (
             lambda: UnfreezeCallback(7),
             TypeError,
@@ -562,18 +876,23 @@ leave()
 """
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "ddp_find_unused_parameters_true"])
-def test_ddp_on_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str) -> None:
-    """The quick variant of the next: DDP as such changes nothing, and misses no gradient that it waits for."""
+@pytest.fixture
+def one_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Room for a process group of Lightning's own, which comes and goes with the test."""
     for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "NODE_RANK"):
-        monkeypatch.setenv(name, "")  # Lightning's own come and go with the test
+        monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("strategy", ["ddp", "ddp_find_unused_parameters_true"])
+def test_ddp_on_one_process(tmp_path: Path, strategy: str) -> None:
+    """The quick variant of the next: DDP as such changes nothing, and misses no gradient that it waits for."""
     net, twin = twins()
     optimizer, _ = plain_loop(twin, schedule_of())
-    try:
-        run = fit(tmp_path, Automatic(net), strategy=strategy, use_distributed_sampler=False)
-    finally:
-        torch.distributed.destroy_process_group()
+    run = fit(tmp_path, Automatic(net), strategy=strategy, use_distributed_sampler=False)
     assert_equal(net, run.optimizers[0], twin, optimizer)
 
 
@@ -611,7 +930,6 @@ def joint_batches(epoch: int) -> Iterator[Any]:
 
 def test_caps_follow_the_monitored_metric(tmp_path: Path) -> None:
     """A guard that is fed the monitored metric holds the blocks, and goes on to hold them after a resume."""
-    from unfreeze_sched.guards import OverfitGuard  # noqa: PLC0415  # where it is used
 
     def callback() -> UnfreezeCallback:
         return UnfreezeCallback(PRESET, blocks_of, monitor="worse", caps=[OverfitGuard(patience=1)])
@@ -641,6 +959,40 @@ def test_caps_follow_the_monitored_metric(tmp_path: Path) -> None:
         fit(tmp_path, Automatic(Net()), callback=missing)
 
 
+WAITING = [PlateauTrigger(patience=1)]
+
+
+@pytest.mark.parametrize(
+    ("loaders", "keywords"),
+    [
+        ((), {}),
+        ((loader(),), {"limit_val_batches": 0}),
+        ((loader(),), {"check_val_every_n_epoch": 6}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
+def test_caps_without_a_validation_are_refused(tmp_path: Path, loaders: Any, keywords: Any) -> None:
+    """A fit that never comes to a validation would never unfreeze, or never hold: that is said when it starts."""
+    text = "`monitor` must be a metric of a validation that takes place, got 'val_loss' in a run without one, so that no cap would ever hear of it; give the fit a validation loader and its module a validation_step, with limit_val_batches above 0 and check_val_every_n_epoch within the run"
+    callback = UnfreezeCallback(PRESET, blocks_of, monitor="val_loss", caps=WAITING)
+    with pytest.raises(ValueError, match=re.escape(text) + "$"):
+        trainer(tmp_path, callback, **keywords).fit(Automatic(Net()), loader(), *loaders)
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
+def test_caps_that_the_user_feeds_need_no_validation(tmp_path: Path) -> None:
+    """Without `monitor` the metric may come from anywhere, such as from training."""
+    trigger = PlateauTrigger(patience=1)
+
+    class Feeding(Automatic):
+        def on_train_epoch_end(self) -> None:
+            trigger.step(1.0)
+
+    callback = UnfreezeCallback(MilestonePreset(milestones={0: 3}), blocks_of, caps=[trigger])
+    trainer(tmp_path, callback).fit(Feeding(Net()), loader())
+    assert [past.number for past in callback.unfreezer.history] == [0, 1, 2, 3]
+
+
 TINY = {'"resnet18", pretrained=True, num_classes=10': '"test_resnet", num_classes=10'}
 
 
@@ -668,7 +1020,7 @@ def test_the_guide(guide_names: dict[str, Any], which: str) -> None:
         assert len(groups) == 1
         return
     assert len(groups) == 1 + len(names["unfreeze"].unfreezer.blocks)
-    guard, trigger, explicit = snippets("lightning.md")
+    _, guard, trigger, explicit = snippets("lightning.md")
     for code in (guard, trigger, explicit):
         run_guide(code, names)
         module = names["Classifier"]()
@@ -677,6 +1029,53 @@ def test_the_guide(guide_names: dict[str, Any], which: str) -> None:
         run.fit(module, images(), images())
     assert [block.name for block in names["unfreeze"].unfreezer.blocks]
     assert [transition.number for transition in names["unfreeze"].unfreezer.history] == [0, 1, 2]
+
+
+class Kill(L.Callback):
+    """Ends a run in the middle of an epoch."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == self.at:
+            raise RuntimeError("killed")
+
+
+@pytest.mark.filterwarnings("ignore:The number of training batches:UserWarning")
+@pytest.mark.filterwarnings("ignore:Starting from v1.9.0, `tensorboardX` has been removed:UserWarning")
+@pytest.mark.filterwarnings('ignore:.fit.ckpt_path="last". is set, but there is no last checkpoint:UserWarning')
+@pytest.mark.filterwarnings("ignore:You.re resuming from a checkpoint that ended before:UserWarning")
+@pytest.mark.parametrize("exact", [True, False])
+def test_the_guide_to_an_exact_resume(guide_names: dict[str, Any], tmp_path: Path, exact: bool) -> None:
+    """A run killed in mid-epoch goes on from its last one to the bit, dropout and order included; unseeded it does not."""
+    diff, _ = snippets("lightning.md", "diff")
+    code, *_ = snippets("lightning.md")
+    if not exact:
+        code = code.replace("batch_idx == 0", "False")
+    dropping = {old: f"{new}, drop_rate=0.5" for old, new in TINY.items()}
+    names = run_guide(side(diff, "before"), guide_names, dropping)
+    names |= {"DataLoader": DataLoader, "DistributedSampler": DistributedSampler, "Kill": Kill}
+    names |= {"ModelCheckpoint": L.callbacks.ModelCheckpoint}
+    names["train_set"] = TensorDataset(torch.randn(6, 3, 32, 32), torch.arange(6))
+
+    def run(folder: str, seed: int, at: int = -1) -> dict[str, Tensor]:
+        preset = RatePreset(unfreeze_start_epoch=1, unfreeze_rate=1)
+        unfreeze = UnfreezeCallback(preset, lambda module: encoder_blocks(module.net))
+        instead = {
+            "max_epochs=50, callbacks=[": f"max_epochs=5, callbacks=[Kill({at}), ",
+            "batch_size=32": "batch_size=2",
+            '"runs"': repr(str(tmp_path / folder)),
+        }
+        torch.manual_seed(seed)
+        done = run_guide(code, names | {"unfreeze": unfreeze}, instead)
+        return done["trainer"].lightning_module.state_dict()
+
+    whole = run("whole", 0)
+    with pytest.raises(RuntimeError, match="killed"):
+        run("cut", 0, at=8)
+    resumed = run("cut", 1)
+    assert all(torch.equal(value, whole[key]) for key, value in resumed.items()) is exact
 
 
 @pytest.mark.filterwarnings("ignore:The number of training batches:UserWarning")

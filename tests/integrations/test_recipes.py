@@ -323,7 +323,7 @@ def test_the_guide_to_fastai(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fa
     """Its loop runs before and after, three lines longer; its resume keeps each block's own rate."""
     monkeypatch.chdir(tmp_path)
     _, diff = snippets("recipes.md", "diff")
-    save, load, _ = snippets("recipes.md")[2:]
+    save, load = snippets("recipes.md")[2:4]
     assert added(diff) <= 3
     names = run(side(diff, which), fastai_names)
     rates = [group["lr"] for group in names["optimizer"].param_groups]

@@ -23,8 +23,17 @@ from torch.utils.data import Dataset
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from unfreeze_sched import MilestonePreset, ProgressiveUnfreezer, RatePreset, UnfreezeSchedule, encoder_blocks  # noqa: E402
+from unfreeze_sched import (  # noqa: E402
+    FractionPreset,
+    MilestonePreset,
+    ProgressiveUnfreezer,
+    RatePreset,
+    UnfreezeSchedule,
+    encoder_blocks,
+)
+from unfreeze_sched.guards import OverfitGuard, PlateauTrigger  # noqa: E402
 from unfreeze_sched.integrations.transformers import UnfreezeTrainerCallback  # noqa: E402
+from unfreeze_sched.optimizer import rates  # noqa: E402
 
 EPOCHS, SAMPLES, BATCH = 5, 12, 3
 STEPS = EPOCHS * SAMPLES // BATCH
@@ -331,6 +340,181 @@ def test_another_schedule_is_refused(tmp_path: Path) -> None:
         make_trainer(tmp_path, twin, other).train(resume_from_checkpoint=True)
 
 
+@pytest.mark.parametrize("unit", ["epochs", "steps"])
+def test_a_resume_into_more_blocks(tmp_path: Path, unit: Any) -> None:
+    """With `strict=False` a run goes on with a schedule that unfreezes more of the blocks, later; without, never."""
+    each = 1 if unit == "epochs" else 4
+    fewer = MilestonePreset(milestones={each: 1}, learning_rate_scale=0.5)
+    more = MilestonePreset(milestones={each: 1, 3 * each: 3}, learning_rate_scale=0.5)
+    whole_model, begun = twins(bert)
+    whole = make_trainer(tmp_path / "whole", whole_model, UnfreezeTrainerCallback(more, unit=unit))
+    whole.train()
+    make_trainer(tmp_path, begun, UnfreezeTrainerCallback(fewer, unit=unit), save_strategy="epoch").train()
+
+    saved, (model, _) = str(tmp_path / "checkpoint-8"), twins(bert)
+    strict = make_trainer(tmp_path, model, UnfreezeTrainerCallback(more, unit=unit))
+    with pytest.raises(ValueError, match=r"; pass strict=False to go on with another schedule$"):
+        strict.train(resume_from_checkpoint=saved)
+    model, _ = twins(bert)
+    callback = UnfreezeTrainerCallback(more, unit=unit, strict=False)
+    resumed = make_trainer(tmp_path, model, callback)
+    resumed.train(resume_from_checkpoint=saved)
+    assert_equal(model, resumed.optimizer, whole_model, whole.optimizer)
+    assert [(past.epoch, past.number) for past in callback.unfreezer.history] == [(0, 0), (each, 1), (3 * each, 3)]
+
+
+def test_blocks_and_rates_are_logged(tmp_path: Path) -> None:
+    """The number of blocks and a rate for each that has joined lie beside the loss, in the history and for reporters."""
+    seen = []
+
+    class Reporter(transformers.TrainerCallback):
+        def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
+            seen.append(dict(logs))
+
+    model, _ = twins(bert)
+    trainer = make_trainer(
+        tmp_path, model, None, logging_strategy="steps", logging_steps=2, eval_strategy="epoch", warmup_steps=6
+    )
+    trainer.add_callback(Reporter())  # before the callback, as those of `report_to` are
+    callback = UnfreezeTrainerCallback(PRESET)
+    trainer.add_callback(callback)
+    trainer.train()
+    rows = [row for row in trainer.state.log_history if "loss" in row]
+    assert [(row["step"], row["unfreeze/blocks"]) for row in rows] == [
+        (step, min(3, (step - 1) // 4)) for step in range(2, STEPS + 1, 2)
+    ]
+    names = [block.name for block in reversed(callback.unfreezer.blocks)]
+    for row in rows:
+        found = {key: value for key, value in row.items() if key.startswith("unfreeze/lr/")}
+        assert found == {f"unfreeze/lr/{name}": row["learning_rate"] / 2 for name in names[: row["unfreeze/blocks"]]}
+    assert [{**row, "step": None} for row in rows] == [{**row, "step": None} for row in seen if "loss" in row]
+    assert not any("unfreeze/blocks" in row for row in trainer.state.log_history if "loss" not in row)
+
+
+def test_a_trainer_with_a_log_of_its_own(tmp_path: Path) -> None:
+    """A Trainer that overrides `log`, as its documentation suggests, gets the callback's lines with those it passes on."""
+    lines = []
+
+    class Own(transformers.Trainer):
+        def log(self, logs: dict[str, float], *args: Any) -> None:
+            super().log(logs, *args)
+            lines.append(dict(logs))
+
+    model, _ = twins(bert)
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), report_to=[], use_cpu=True, logging_steps=1, save_strategy="no", disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )  # fmt: skip
+    Own(model, arguments, train_dataset=Samples(model), callbacks=[UnfreezeTrainerCallback(PRESET)]).train()
+    assert all("unfreeze/blocks" in line for line in lines if "loss" in line)
+    assert any("loss" in line for line in lines)
+
+
+GREEDY = {"lr_scheduler_type": "greedy", "warmup_steps": 0, "eval_strategy": "epoch"}
+
+
+def test_refusals_name_what_works_in_the_trainer(tmp_path: Path) -> None:
+    """The Trainer makes the scheduler before the callback sees anything, so no error says to come before it."""
+    if not hasattr(transformers.optimization, "GreedyLR"):
+        pytest.skip("an older transformers has no GreedyLR")
+    text = "`lr_schedulers` must be of known classes, got transformers.optimization.GreedyLR; say what it keeps for each group, by unfreeze_sched.optimizer.rates.register, or take another lr_scheduler_type, such as 'constant'"
+    for membership in ("late", "declared"):
+        callback = UnfreezeTrainerCallback(PRESET, membership=membership)
+        with pytest.raises(TypeError, match=re.escape(text) + "$"):
+            make_trainer(tmp_path, twins(bert)[0], callback, **GREEDY).train()
+    make_trainer(tmp_path, twins(bert)[0], callback, **GREEDY | {"lr_scheduler_type": "constant"}).train()
+
+
+def test_greedy_made_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The guide's way: registered and declared, each block keeps its share while the rate rises and falls."""
+    if not hasattr(transformers.optimization, "GreedyLR"):
+        pytest.skip("an older transformers has no GreedyLR")
+    register, _ = snippets("transformers.md")
+    monkeypatch.setattr(rates, "_ROWS", dict(rates._ROWS))
+    names = run_guide(register, {"FractionPreset": FractionPreset, "UnfreezeTrainerCallback": UnfreezeTrainerCallback})
+    keywords = {"patience": 0, "threshold": 1e-9, "factor": 0.5, "min_lr": 1e-3}
+    trainer = make_trainer(tmp_path, twins(bert)[0], names["unfreeze"], lr_scheduler_kwargs=keywords, **GREEDY)
+    trainer.train()
+    head, *_, block = (group["lr"] for group in trainer.optimizer.param_groups)
+    assert len(trainer.optimizer.param_groups) == 8
+    assert head != 0.01
+    assert block == pytest.approx(head / 10)
+    rates._kind.cache_clear()
+    rates.row_of.cache_clear()
+
+
+@pytest.mark.filterwarnings("ignore:`lr_schedulers` should have no floor")
+def test_a_floor_is_declared(tmp_path: Path) -> None:
+    """A plateau's floor is refused for blocks that join late, and the way out that is named works."""
+    keywords = {
+        "lr_scheduler_type": "reduce_lr_on_plateau",
+        "lr_scheduler_kwargs": {"min_lr": 2e-3, "patience": 0, "threshold": 10.0, "threshold_mode": "abs"},
+        "warmup_steps": 0,
+        "eval_strategy": "epoch",
+    }
+    with pytest.raises(
+        ValueError, match=r"`learning_rate_scale` must be 1 to join late .*; pass membership='declared'$"
+    ):
+        make_trainer(tmp_path, twins(bert)[0], UnfreezeTrainerCallback(PRESET), **keywords).train()
+    declared = UnfreezeTrainerCallback(PRESET, membership="declared")
+    trainer = make_trainer(tmp_path, twins(bert)[0], declared, **keywords)
+    trainer.train()
+    assert [group["lr"] for group in trainer.optimizer.param_groups] == [2e-3] * 8
+
+
+def test_caps_without_an_evaluation_are_refused(tmp_path: Path) -> None:
+    """A run that never evaluates would never unfreeze, or never hold: that is said when it begins."""
+    callback = UnfreezeTrainerCallback(PRESET, monitor="eval_loss", caps=[PlateauTrigger()])
+    text = "`monitor` must be a metric of a validation that takes place, got 'eval_loss' in a run without one, so that no cap would ever hear of it; pass eval_strategy='epoch' to TrainingArguments"
+    with pytest.raises(ValueError, match=re.escape(text) + "$"):
+        make_trainer(tmp_path, twins(bert)[0], callback).train()
+
+
+@pytest.mark.parametrize("monitor", ["eval_one_loss", "eval_two_loss", "eval_loss"])
+def test_several_datasets(tmp_path: Path, monitor: str) -> None:
+    """They are evaluated one after another, and one of them has the metric; where none has, that is said."""
+    model, _ = twins(bert)
+    callback = UnfreezeTrainerCallback(PRESET, monitor=monitor, caps=[OverfitGuard()])
+    trainer = make_trainer(tmp_path, model, callback, eval_strategy="epoch")
+    trainer.eval_dataset = {"one": Samples(model), "two": Samples(model)}
+    if monitor == "eval_loss":
+        text = (
+            r"`monitor` must be a metric of the validation, got 'eval_loss'; pass one of .*eval_one_loss.*eval_two_loss"
+        )
+        with pytest.raises(ValueError, match=text):
+            trainer.train()
+        return
+    trainer.train()
+    last = next(row[monitor] for row in reversed(trainer.state.log_history) if monitor in row)
+    assert callback.unfreezer.caps[0].state_dict()["last"] == last
+
+
+def test_what_the_model_needs_is_named_as_the_callback_takes_it(tmp_path: Path) -> None:
+    """`example_input=` and `patterns=` are encoder_blocks' own, so the way to them is; the head is the callback's."""
+
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.body, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+            self.config = bert().config
+
+        def forward(self, input_ids: Any, labels: Any, scale: Any) -> Any:
+            logits = self.head(self.body(self.stem(input_ids.float()))) * scale["of"]
+            return {"loss": nn.functional.cross_entropy(logits, labels)}
+
+    trainer = make_trainer(tmp_path, Odd(), UnfreezeTrainerCallback(PRESET))
+    with pytest.raises(
+        ValueError, match=r"^`head` must say .*; pass head=\[\.\.\.\] with all that is new, or head=\(\)"
+    ):
+        trainer.train()
+    trainer = make_trainer(tmp_path, Odd(), UnfreezeTrainerCallback(PRESET, head=lambda model: [model.head]))
+    text = (
+        ", or name the blocks with patterns=, both of encoder_blocks: blocks=lambda model: encoder_blocks(model, ...)"
+    )
+    with pytest.raises(ValueError, match=re.escape(text) + "$"):
+        trainer.train()
+
+
 def test_a_second_run_of_one_trainer(tmp_path: Path) -> None:
     """`train()` again goes on with the optimizer that the Trainer keeps: frozen anew, in the groups that are there."""
     model, _ = twins(bert)
@@ -357,7 +541,6 @@ def test_a_trainer_without_the_callback_is_as_before(tmp_path: Path) -> None:
 
 def test_caps_follow_the_monitored_metric(tmp_path: Path) -> None:
     """A guard that is fed the monitored metric holds the blocks, and goes on to hold them after a resume."""
-    from unfreeze_sched.guards import OverfitGuard  # noqa: PLC0415  # where it is used
 
     def run(epochs: int, *, resume: bool) -> Any:
         callback = UnfreezeTrainerCallback(PRESET, monitor="eval_runtime_of_a_kind", caps=[OverfitGuard(patience=1)])
@@ -441,7 +624,7 @@ def test_the_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: str) 
 
 def test_the_guide_to_renamed_weights(tmp_path: Path) -> None:
     """Its way to resume a ViT goes on from the checkpoint's weights."""
-    (code,) = snippets("transformers.md")
+    _, code = snippets("transformers.md")
     model, _ = twins(vit)
     whole = make_trainer(tmp_path, model, UnfreezeTrainerCallback(PRESET), save_strategy="epoch")
     whole.train()

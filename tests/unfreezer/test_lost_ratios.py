@@ -88,4 +88,19 @@ def test_declared_groups_under_one_peak(make: Any, loses: bool) -> None:
             scheduler.step(*([1.0] if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau) else []))
     texts = [str(each.message) for each in caught]
     assert len(texts) == loses
-    assert all("give the scheduler a list with one max_lr or base_lr for each group" in text for text in texts)
+    assert all("give the scheduler a list with one max_lr, base_lr or swa_lr for each group" in text for text in texts)
+
+
+def test_one_swa_peak_for_all_groups_is_warned_of() -> None:
+    """SWALR made in mid-run of one number sends blocks to the head's peak; a list keeps their share."""
+    for peaks, warned in ((0.05, 1), ([0.05, 0.005], 0)):
+        net = Net(2)
+        optimizer = torch.optim.SGD(net.head.parameters(), lr=1.0)
+        first = lr_scheduler.StepLR(optimizer, 3)
+        unfreezer = ProgressiveUnfreezer(net.make_blocks(), optimizer, SCHEDULE, [first])
+        unfreezer.apply(1)
+        unfreezer.rebuilder.lr_schedulers = [torch.optim.swa_utils.SWALR(optimizer, peaks, anneal_epochs=2)]
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            unfreezer.apply(2)
+        assert sum("`learning_rate_scale` should hold" in str(each.message) for each in caught) == warned

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import SWALR
 
 from unfreeze_sched._checks import as_count
 from unfreeze_sched.guards import Cap
-from unfreeze_sched.integrations._callback import Arguments, Blocks, Head, Schedule
-from unfreeze_sched.model.freezing import Norms, norms_of
-from unfreeze_sched.optimizer.groups import layers
+from unfreeze_sched.integrations._callback import Arguments, Blocks, Head, Schedule, Unit, metrics
+from unfreeze_sched.model.freezing import Norms, asked_of, is_held, is_norm, norms_of
+from unfreeze_sched.optimizer.groups import innermost, layers
 from unfreeze_sched.optimizer.rebuilder import Membership, OnRefreeze, Scale
 from unfreeze_sched.optimizer.subsets import Overrides
-from unfreeze_sched.optimizer.watch import Probe
+from unfreeze_sched.optimizer.watch import Probe, Watcher
 from unfreeze_sched.parallel import rewrap_ddp
 from unfreeze_sched.unfreezer import ProgressiveUnfreezer
 
@@ -33,24 +34,45 @@ else:
                 name="lightning",
             ) from error
 
+_FIXES = {
+    "`lr_schedulers` must be of known classes": (
+        "say what it keeps for each group, by unfreeze_sched.optimizer.rates.register, or return another from "
+        "configure_optimizers"
+    ),
+    "`lr_schedulers` must hold": "return it from configure_optimizers, where the callback finds it",
+}
+
+
+class _Steps(Watcher):
+    """Counts the steps of one optimizer, where the Trainer counts those of all together."""
+
+    done = 0
+
+    def after_step(self) -> None:
+        """One more."""
+        self.done += 1
+
 
 class UnfreezeCallback(Callback):
-    """Unfreezes blocks at the start of epochs, and lets them join an optimizer of `configure_optimizers`.
+    """Unfreezes blocks at the start of epochs or steps, and lets them join an optimizer of `configure_optimizers`.
 
     That optimizer may hold the whole model: the blocks' parameters are taken out when training starts, and each joins
-    in its turn. Its LR schedulers are found. A checkpoint of the Trainer holds all that a resume needs. Under DDP the
-    model is wrapped anew when the blocks change, unless it was made with `find_unused_parameters=True`.
+    in its turn. Its LR schedulers are found, as are those that take over in mid-run. A checkpoint of the Trainer holds
+    all that a resume needs. Under DDP the model is wrapped anew when the blocks change, unless it was made with
+    `find_unused_parameters=True`.
 
-    `unfreeze/blocks`, and `unfreeze/lr/NAME` for each block that has joined, go to the loggers once an epoch.
+    `unfreeze/blocks`, and `unfreeze/lr/NAME` for each block that has joined, go to the loggers once an epoch and at
+    each transition between.
 
     Args:
-        schedule: An `UnfreezeSchedule`, or a preset, which is then laid over the Trainer's `max_epochs`.
+        schedule: An `UnfreezeSchedule`, or a preset, which is then laid over the Trainer's epochs or steps.
         blocks: The blocks, shallow to deep, or a function of the LightningModule that returns them; None takes
             `encoder_blocks(module, head=head)`.
         optimizer: 0-based index among the optimizers of `configure_optimizers`.
+        unit: What the schedule counts: `"epochs"`, or `"steps"` of that optimizer.
         monitor: Name of a metric, logged in validation, that `caps` are fed with.
         head: What trains from the start, as for `encoder_blocks`, or a function of the LightningModule.
-        learning_rate_scale: As for `ProgressiveUnfreezer`, like all that follow.
+        learning_rate_scale: As for `ProgressiveUnfreezer`, like all that follow up to `caps`.
         layer_decay: In (0, 1].
         template: 0-based index among the optimizer's own groups.
         on_refreeze: `"keep"` or `"drop"`.
@@ -60,6 +82,7 @@ class UnfreezeCallback(Callback):
         norms: `"eval"`, `"frozen"` or `"train"`.
         probe: `"ranks"`, `"local"` or `"off"`.
         caps: Guards and triggers.
+        strict: False lets a run be resumed with another schedule, such as one of more blocks.
 
     Raises:
         TypeError: An argument of the wrong type.
@@ -78,6 +101,7 @@ class UnfreezeCallback(Callback):
         schedule: Schedule,
         blocks: Blocks | None = None,
         optimizer: int = 0,
+        unit: Unit = "epochs",
         monitor: str | None = None,
         head: Head | None = None,
         learning_rate_scale: Scale | None = None,
@@ -90,12 +114,15 @@ class UnfreezeCallback(Callback):
         norms: Norms = "eval",
         probe: Probe = "ranks",
         caps: Sequence[Cap] = (),
+        strict: bool = True,
     ) -> None:
         self._arguments = Arguments(
             schedule,
             blocks,
             head,
+            unit,
             monitor,
+            strict,
             {
                 "learning_rate_scale": learning_rate_scale,
                 "layer_decay": layer_decay,
@@ -108,11 +135,18 @@ class UnfreezeCallback(Callback):
                 "probe": probe,
                 "caps": caps,
             },
+            _FIXES,
         )
         self._index = as_count(optimizer, "optimizer", minimum=0, fix="0 is the first of configure_optimizers")
         self._saved: Mapping[str, Any] | None = None
-        self._modes: dict[nn.Module, bool] = {}
+        self._modes: dict[nn.Module, bool] = {}  # asked of the norms, before evaluations of Lightning's own
+        self._statistics: dict[nn.Module, dict[str, Tensor]] = {}  # of held norms, where an SWA is going to reset them
+        self._epochs = 0
         self._covered: list[bool] = []
+        self._live: list[Any] = []  # the optimizer's LR schedulers, as last seen
+        self._steps: _Steps | None = None
+        self._applied_at: int | None = None
+        self._has_loaded = False  # within the fit
 
     @property
     def state_key(self) -> str:
@@ -120,55 +154,82 @@ class UnfreezeCallback(Callback):
         return self._generate_state_key(optimizer=self._index)
 
     def state_dict(self) -> dict[str, Any]:
-        """The unfreezer's, for the Trainer's checkpoint."""
-        return self.unfreezer.state_dict() if self.unfreezer else {}
+        """The unfreezer's, and the number of steps, for the Trainer's checkpoint."""
+        if self.unfreezer is None or self._steps is None:
+            return {}
+        return {**self.unfreezer.state_dict(), "steps": self._steps.done}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Called by the Trainer: before there is an optimizer, or after it by strategies that shard the model."""
+        """Called by the Trainer: before there is an optimizer; or after, by strategies that shard, and by tuners."""
         self._saved = state_dict or None
         if self.unfreezer and self._saved:
-            self._arguments.load(self.unfreezer, self._saved)
+            self._load(self._saved)
+            self._has_loaded = True
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Forget an earlier fit."""
-        del trainer, pl_module
+        """Forget an earlier fit, take note of the norms' modes, and take the place among the callbacks."""
+        self._modes = {module: asked_of(module) for module in pl_module.modules() if is_norm(module)}
         if stage == "fit":
             self.unfreezer = self._saved = None
+            self._statistics = {}
+            self._epochs = trainer.max_epochs or 0  # to which an SWA adds one, for norms
+            trainer.callbacks = sorted(trainer.callbacks, key=_place)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Replay the groups of a checkpoint, since the optimizer's state is loaded next."""
+        """Replay the groups of a checkpoint, since the optimizer's state is loaded next; or begin."""
         if self._index >= len(trainer.optimizers):
             raise ValueError(
                 f"`optimizer` must be below {len(trainer.optimizers)}, the number of optimizers of "
                 f"configure_optimizers, got {self._index}; 0 is the first"
             )
+        self._arguments.refuse_unfed(
+            validates=_validates(trainer),
+            fix="give the fit a validation loader and its module a validation_step, with limit_val_batches above 0 and "
+            "check_val_every_n_epoch within the run",
+        )
         optimizer = trainer.optimizers[self._index]
-        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-        own = [s for s in schedulers if any(s.optimizer is layer for layer in layers(optimizer))]
-        # A trial run's one epoch says nothing of the run that the preset is meant for.
-        total = 1_000 if trainer.fast_dev_run else trainer.max_epochs or 0
-        self.unfreezer = self._arguments.unfreezer(pl_module, optimizer, own, total)
+        self._live = _schedulers_of(optimizer, trainer)
+        self.unfreezer = self._arguments.unfreezer(
+            pl_module,
+            optimizer,
+            # An SWA that resumes has put them away; it brings its own.
+            None if self._saved and not self._live else self._live,
+            lambda: self._total(trainer, pl_module),
+            _network(pl_module),
+        )
+        done = self._steps.done if self._steps and trainer.global_step else 0  # this may be a further fit of a run
+        self._steps = _Steps(innermost(optimizer))
+        self._steps.done = done
+        self._applied_at, self._has_loaded = None, False
         norms = [norm for block in self.unfreezer.blocks for norm in norms_of(block)]
-        self._modes = {norm: self._modes.get(norm, norm.training) for norm in norms}
+        self._modes = {norm: self._modes.get(norm, asked_of(norm)) for norm in norms}
         self._covered = self._trainable()
         if self._saved:
-            self._arguments.load(self.unfreezer, self._saved)
+            self._load(self._saved)
+            self._settle(trainer)
+        elif any(_is(callback, "LearningRateFinder", "BatchSizeFinder") for callback in trainer.callbacks):
+            self._apply(trainer)  # they come next, and are to train what the run begins with
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Bring the model to the present epoch: one that goes on in its middle has no start."""
+        """Bring the model to the first state, unless a checkpoint did."""
         del pl_module
-        self._apply(trainer)
+        if not self._saved:
+            self._apply(trainer)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Bring the model to the epoch's state, and log it."""
+        """Bring the model to the state of the epoch or step, and log it."""
         del pl_module
-        unfreezer = self._apply(trainer)
-        blocks = sum(any(p.requires_grad for p in block.parameters()) for block in unfreezer.blocks)
-        rates = unfreezer.rebuilder.learning_rates()
-        metrics = {"unfreeze/blocks": blocks, **{f"unfreeze/lr/{name}": rate for name, rate in rates.items()}}
-        for logger in trainer.loggers:
-            # The step of Lightning's own metrics, as LearningRateMonitor has it.
-            logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)  # noqa: SLF001
+        for norm, statistics in self._statistics.items():  # an SWA may have reset them just now
+            for name, value in statistics.items():
+                norm.get_buffer(name).copy_(value)
+        self._apply(trainer)
+        self._log(trainer)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Bring the model to the state of the step."""
+        del pl_module, batch, batch_idx
+        if self._arguments.unit == "steps" and self._apply(trainer):
+            self._log(trainer)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Feed guards and triggers."""
@@ -176,20 +237,137 @@ class UnfreezeCallback(Callback):
         if self.unfreezer and trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._arguments.feed(self.unfreezer, trainer.callback_metrics)
 
-    def _apply(self, trainer: Any) -> ProgressiveUnfreezer:
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """As at the end of a run, which then has none."""
+        del exception
+        self.teardown(trainer, pl_module, "fit")
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Take back what evaluations asked of held norms: Lightning restores the modes past `train()`."""
+        del trainer, pl_module, stage
+        for norm in filter(is_held, self._modes):
+            norm.train(self._modes[norm])
+
+    def _total(self, trainer: Any, pl_module: Any) -> float:
+        """The number of epochs or steps that a preset is laid over; 0 where nobody knows."""
+        if trainer.fast_dev_run:  # its one epoch says nothing of the run that the preset is meant for
+            return 1_000
+        if self._arguments.unit == "epochs":
+            return self._epochs
+        if not pl_module.automatic_optimization:
+            return 0
+        total: float = trainer.estimated_stepping_batches
+        if self._saved:
+            # It has set up the loaders before their own states are there; they are set up anew.
+            trainer.fit_loop._combined_loader = None  # noqa: SLF001  # as Lightning's tuners do
+        return total
+
+    def _load(self, saved: Mapping[str, Any]) -> None:
         assert self.unfreezer is not None
-        before = self._trainable()
-        self.unfreezer.apply(trainer.current_epoch)
-        after = self._trainable()
-        if after != before and self.unfreezer.norms != "train":
+        assert self._steps is not None
+        own = dict(saved)
+        self._steps.done = own.pop("steps", 0)
+        self._arguments.load(self.unfreezer, own)
+
+    def _apply(self, trainer: Any) -> bool:
+        """Bring the model to the present state; whether it changed."""
+        assert self.unfreezer is not None
+        assert self._steps is not None
+        if self._has_loaded:
+            self._has_loaded = False
+            self._settle(trainer)
+            if any(_is(callback, "LearningRateFinder") for callback in trainer.callbacks):
+                self._take_over_rate()
+        self._follow(trainer)
+        number = trainer.current_epoch
+        if self._arguments.unit == "steps":
+            number = self._steps.done
+            if number == self._applied_at:
+                return False  # within an accumulation
+        self._applied_at = number
+        if not self._arguments.apply(self.unfreezer, number):
+            return False
+        self._settle(trainer)
+        return True
+
+    def _follow(self, trainer: Any) -> None:
+        """Take note of LR schedulers that took over, as an SWA's does."""
+        assert self.unfreezer is not None
+        rebuilder = self.unfreezer.rebuilder
+        live = _schedulers_of(rebuilder.optimizer, trainer)
+        if live == self._live:
+            return
+        self._live = rebuilder.lr_schedulers = live
+        for scheduler in live:
+            if isinstance(scheduler, SWALR):
+                # Without epochs to anneal over, the rate is at its peak already.
+                keys = ("initial_lr", "swa_lr") if scheduler.anneal_epochs else ("initial_lr", "swa_lr", "lr")
+                for group, template, ratio in rebuilder.shares():
+                    if group["swa_lr"] == template["swa_lr"]:  # one for all groups, no list of the user's
+                        group.update({key: template[key] * ratio for key in keys})
+
+    def _take_over_rate(self) -> None:
+        """Go on from the rate that a search left in all groups: each block at its share, and the schedulers' last."""
+        assert self.unfreezer is not None
+        rebuilder = self.unfreezer.rebuilder
+        for group, template, ratio in rebuilder.shares():
+            group["lr"] = template["lr"] * ratio
+        for scheduler in self._live:
+            if hasattr(scheduler, "_last_lr"):
+                scheduler._last_lr = [group["lr"] for group in rebuilder.optimizer.param_groups]  # noqa: SLF001  # torch's
+        if not self._live:
+            rebuilder.lr_schedulers = None  # the search's own left its marks
+
+    def _settle(self, trainer: Any) -> None:
+        """After a change: the norms' modes, and a DDP that covers what trains now."""
+        assert self.unfreezer is not None
+        if self.unfreezer.norms != "train":
             for norm, mode in self._modes.items():
                 norm.train(mode)  # after validation Lightning restores modes past `train()`, unseen by what holds norms
-        ddp = trainer.strategy.model
+        if any(_is(callback, "StochasticWeightAveraging") for callback in trainer.callbacks):
+            held = filter(is_held, self._modes)
+            self._statistics = {norm: {name: b.clone() for name, b in norm.named_buffers()} for norm in held}
+        after, ddp = self._trainable(), trainer.strategy.model
         if after != self._covered and isinstance(ddp, DistributedDataParallel) and not ddp.find_unused_parameters:
             trainer.strategy.model = rewrap_ddp(ddp)
             self._covered = after
-        return self.unfreezer
+
+    def _log(self, trainer: Any) -> None:
+        assert self.unfreezer is not None
+        for logger in trainer.loggers:
+            # The step of Lightning's own metrics, as LearningRateMonitor has it.
+            step = trainer.fit_loop.epoch_loop._batches_that_stepped  # noqa: SLF001
+            logger.log_metrics(metrics(self.unfreezer, self.unfreezer.rebuilder.learning_rates()), step=step)
 
     def _trainable(self) -> list[bool]:
         assert self.unfreezer is not None
         return [p.requires_grad for block in self.unfreezer.blocks for p in block.parameters()]
+
+
+def _is(callback: Any, *names: str) -> bool:
+    """Whether a callback is of these classes of Lightning's, which has two packages."""
+    return any(cls.__name__ in names for cls in type(callback).__mro__)
+
+
+def _place(callback: Any) -> int:
+    """Where a callback stands: what swaps the LR scheduler first, then this, then what searches on what it leaves."""
+    return 0 if _is(callback, "StochasticWeightAveraging") else 1 if isinstance(callback, UnfreezeCallback) else 2
+
+
+def _schedulers_of(optimizer: Any, trainer: Any) -> list[Any]:
+    """Those of this optimizer, or of one that it wraps."""
+    schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+    return [scheduler for scheduler in schedulers if any(scheduler.optimizer is each for each in layers(optimizer))]
+
+
+def _validates(trainer: Any) -> bool:
+    """Whether a fit comes to a validation."""
+    every = trainer.check_val_every_n_epoch or 1
+    return trainer.enable_validation and (trainer.max_epochs in {None, -1} or every <= trainer.max_epochs)
+
+
+def _network(pl_module: nn.Module) -> str:
+    """Where the network lies: the one child with nearly all parameters, or what it is usually called."""
+    sizes = {name: sum(p.numel() for p in child.parameters()) for name, child in pl_module.named_children()}
+    most = 0.9 * sum(p.numel() for p in pl_module.parameters())
+    return "." + next((name for name, size in sizes.items() if size > most), "model")

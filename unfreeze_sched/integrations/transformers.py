@@ -1,8 +1,8 @@
 """`UnfreezeTrainerCallback` for the Trainer of transformers; [the guide](transformers.md).
 
 The Trainer has no event between making its optimizer and loading a checkpoint into it, where the groups have to be
-replayed. So importing this module wraps `Trainer._load_optimizer_and_scheduler`, which does nothing more for a Trainer
-without the callback.
+replayed, and none before its loggers get what it logs. So importing this module wraps `Trainer.log` and
+`Trainer._load_optimizer_and_scheduler`, which do nothing more for a Trainer without the callback.
 """
 
 from __future__ import annotations
@@ -10,11 +10,10 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any
 
-from unfreeze_sched._checks import one_of
 from unfreeze_sched.guards import Cap
-from unfreeze_sched.integrations._callback import Arguments, Blocks, Head, Schedule
+from unfreeze_sched.integrations._callback import Arguments, Blocks, Head, Schedule, Unit, metrics
 from unfreeze_sched.model.freezing import Norms
 from unfreeze_sched.optimizer.rebuilder import Membership, OnRefreeze, Scale
 from unfreeze_sched.optimizer.subsets import Overrides
@@ -30,8 +29,12 @@ except ImportError as error:  # transformers' own without torch's companions is 
         name="transformers",
     ) from error
 
-Unit = Literal["epochs", "steps"]
-
+_FIXES = {
+    "`lr_schedulers` must be of known classes": (
+        "say what it keeps for each group, by unfreeze_sched.optimizer.rates.register, or take another "
+        "lr_scheduler_type, such as 'constant'"
+    )
+}
 _STATE = "unfreeze_sched"  # in trainer_state.json, beside the states of other callbacks
 
 
@@ -42,6 +45,8 @@ class UnfreezeTrainerCallback(TrainerCallback):  # type: ignore[misc]  # transfo
     each joins in its turn. As the Trainer does, norms and biases get no weight decay. A checkpoint of the Trainer holds
     all that `resume_from_checkpoint` needs.
 
+    `unfreeze/blocks`, and `unfreeze/lr/NAME` for each block that has joined, are logged beside the training loss.
+
     Args:
         schedule: An `UnfreezeSchedule`, or a preset, which is then laid over the run's epochs or steps.
         blocks: The blocks, shallow to deep, or a function of the model that returns them; None takes
@@ -49,7 +54,7 @@ class UnfreezeTrainerCallback(TrainerCallback):  # type: ignore[misc]  # transfo
         unit: What the schedule counts: `"epochs"`, or optimizer `"steps"`.
         monitor: Name of a metric of evaluation, such as `"eval_loss"`, that `caps` are fed with.
         head: What trains from the start, as for `encoder_blocks`, or a function of the model.
-        learning_rate_scale: As for `ProgressiveUnfreezer`, like all that follow.
+        learning_rate_scale: As for `ProgressiveUnfreezer`, like all that follow up to `caps`.
         layer_decay: In (0, 1].
         template: 0-based index among the optimizer's own groups.
         on_refreeze: `"keep"` or `"drop"`.
@@ -59,6 +64,7 @@ class UnfreezeTrainerCallback(TrainerCallback):  # type: ignore[misc]  # transfo
         norms: `"eval"`, `"frozen"` or `"train"`.
         probe: `"ranks"`, `"local"` or `"off"`.
         caps: Guards and triggers.
+        strict: False lets a run be resumed with another schedule, such as one of more blocks.
 
     Raises:
         TypeError: An argument of the wrong type.
@@ -89,12 +95,15 @@ class UnfreezeTrainerCallback(TrainerCallback):  # type: ignore[misc]  # transfo
         norms: Norms = "eval",
         probe: Probe = "ranks",
         caps: Sequence[Cap] = (),
+        strict: bool = True,
     ) -> None:
         self._arguments = Arguments(
             schedule,
             blocks,
             head,
+            unit,
             monitor,
+            strict,
             {
                 "learning_rate_scale": learning_rate_scale,
                 "layer_decay": layer_decay,
@@ -107,8 +116,11 @@ class UnfreezeTrainerCallback(TrainerCallback):  # type: ignore[misc]  # transfo
                 "probe": probe,
                 "caps": caps,
             },
+            _FIXES,
         )
-        self._unit: Unit = one_of(unit, "unit", get_args(Unit))
+        self._rates: dict[str, float] = {}  # of the last step
+        self._fed_at: int | None = None
+        self._unheard: dict[str, Any] = {}  # metrics since, without the monitored one
         self._epoch: int | None = None  # while a run is on
 
     def begin(self, model: Any, optimizer: Any, lr_scheduler: Any, state: Any) -> None:
@@ -120,37 +132,58 @@ class UnfreezeTrainerCallback(TrainerCallback):  # type: ignore[misc]  # transfo
             and unfreezer.rebuilder.lr_schedulers == [lr_scheduler]
         ):
             return
-        total = state.num_train_epochs if self._unit == "epochs" else state.max_steps
-        self.unfreezer = self._arguments.unfreezer(model, optimizer, [lr_scheduler], total)
+        total = state.num_train_epochs if self._arguments.unit == "epochs" else state.max_steps
+        self.unfreezer = self._arguments.unfreezer(model, optimizer, [lr_scheduler], lambda: total)
         if saved := state.stateful_callbacks.get(_STATE):
             self._arguments.load(self.unfreezer, json.loads(saved))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
         """Take up the run; its optimizer and LR scheduler are there now."""
-        del args, control
+        del control
+        self._arguments.refuse_unfed(
+            validates=args.eval_strategy != "no", fix="pass eval_strategy='epoch' to TrainingArguments"
+        )
         self.begin(objects["model"], objects["optimizer"], objects["lr_scheduler"], state)
         self._epoch = int(state.epoch or 0)
+        self._fed_at, self._unheard = None, {}
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
         """Bring the model to the epoch's state."""
         del args, control, objects
         assert self._epoch is not None
-        if self._unit == "epochs":
+        if self._arguments.unit == "epochs":
             self._apply(self._epoch, state)
         self._epoch += 1  # `state.epoch` falls behind where an epoch is stopped early
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
         """Bring the model to the step's state; between steps of the optimizer this is not called."""
         del args, control, objects
-        if self._unit == "steps":
+        if self._unheard and self.unfreezer:
+            self._arguments.feed(self.unfreezer, self._unheard)  # which it refuses
+        if self._arguments.unit == "steps":
             self._apply(state.global_step, state)
 
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
+        """Note the rates, which the LR scheduler changes next."""
+        del args, state, control, objects
+        assert self.unfreezer is not None
+        self._rates = self.unfreezer.rebuilder.learning_rates()
+
+    def metrics(self) -> dict[str, float]:
+        """What is logged of the last step."""
+        return metrics(self.unfreezer, self._rates) if self.unfreezer else {}
+
     def on_evaluate(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
-        """Feed guards and triggers."""
+        """Feed guards and triggers; of several datasets, which are evaluated one after another, one has the metric."""
         del args, control
-        if self.unfreezer and self._epoch is not None:
+        if not self.unfreezer or self._epoch is None:
+            return
+        if self._arguments.monitor in {None, *objects["metrics"]}:
+            self._fed_at, self._unheard = state.global_step, {}
             self._arguments.feed(self.unfreezer, objects["metrics"])
             self._keep(state)
+        elif self._fed_at != state.global_step:
+            self._unheard.update(objects["metrics"])
 
     def on_train_end(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
         """Take no evaluation into account that is none of the run's."""
@@ -159,9 +192,7 @@ class UnfreezeTrainerCallback(TrainerCallback):  # type: ignore[misc]  # transfo
 
     def _apply(self, number: int, state: Any) -> None:
         assert self.unfreezer is not None
-        before = len(self.unfreezer.history)
-        self.unfreezer.apply(number)
-        if len(self.unfreezer.history) > before:
+        if self._arguments.apply(self.unfreezer, number):
             self._keep(state)
 
     def _keep(self, state: Any) -> None:
@@ -170,16 +201,29 @@ class UnfreezeTrainerCallback(TrainerCallback):  # type: ignore[misc]  # transfo
         state.stateful_callbacks[_STATE] = json.dumps(self.unfreezer.state_dict())
 
 
+def _callbacks_of(trainer: Any) -> list[UnfreezeTrainerCallback]:
+    return [each for each in trainer.callback_handler.callbacks if isinstance(each, UnfreezeTrainerCallback)]
+
+
 _load = Trainer._load_optimizer_and_scheduler  # noqa: SLF001  # see above
+_log = Trainer.log
 
 
 @functools.wraps(_load)
 def _replay_and_load(trainer: Any, checkpoint: str | None) -> None:
     if checkpoint is not None:
-        for callback in trainer.callback_handler.callbacks:
-            if isinstance(callback, UnfreezeTrainerCallback):
-                callback.begin(trainer.model, trainer.optimizer, trainer.lr_scheduler, trainer.state)
+        for callback in _callbacks_of(trainer):
+            callback.begin(trainer.model, trainer.optimizer, trainer.lr_scheduler, trainer.state)
     _load(trainer, checkpoint)
 
 
+@functools.wraps(_log)
+def _log_more(trainer: Any, logs: dict[str, float], *args: Any, **keywords: Any) -> None:
+    if "learning_rate" in logs:  # of a training step
+        for callback in _callbacks_of(trainer):
+            logs.update(callback.metrics())
+    _log(trainer, logs, *args, **keywords)
+
+
 Trainer._load_optimizer_and_scheduler = _replay_and_load  # noqa: SLF001
+Trainer.log = _log_more

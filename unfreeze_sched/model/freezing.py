@@ -99,12 +99,23 @@ class _EvalHold:
 def hold_in_eval(norms: Iterable[nn.Module]) -> None:
     """Put norm layers into evaluation mode, whatever `train()` says from now on; idempotent."""
     for module in norms:
-        if not isinstance(module.__dict__.get("train"), _EvalHold):
+        if not is_held(module):
             hold = _EvalHold(module)
             module.__dict__["train"] = hold
             if isinstance(module, _NormBase):
                 module.__dict__["reset_running_stats"] = hold.keep_running_stats
             module.training = False
+
+
+def is_held(module: nn.Module) -> bool:
+    """Whether a norm layer is held in evaluation mode."""
+    return isinstance(module.__dict__.get("train"), _EvalHold)
+
+
+def asked_of(module: nn.Module) -> bool:
+    """The mode that was asked of a module: that of one which is held is the library's own wish."""
+    hold = module.__dict__.get("train")
+    return hold.asked if isinstance(hold, _EvalHold) else module.training
 
 
 def release(norms: Iterable[nn.Module]) -> None:

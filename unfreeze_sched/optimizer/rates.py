@@ -165,19 +165,20 @@ def _kind(cls: Any) -> Any:
     return cls
 
 
-def has_lost(group: Mapping[str, Any], template: Mapping[str, Any], ratio: float, *, declared: bool) -> bool:
+def has_lost(group: Mapping[str, Any], template: Mapping[str, Any], ratio: float, *, by_peaks: bool) -> bool:
     """Whether a group's learning rate is no longer what it is to be beside its template's.
 
     Args:
         group: The group of a block.
         template: What it is like.
         ratio: What is promised, in (0, 1].
-        declared: Whether the group was there before the scheduler. That may have floors, but its peaks tell.
+        by_peaks: Whether peaks tell, where a scheduler is at work: it may have floors, so that rates do not.
     """
     if ratio == 1 or group.get("lr") is None or template.get("lr") is None:
         return False
-    if declared:
-        return any(key in group and float(group[key]) == float(template[key]) for key in ("max_lr", "initial_lr"))
+    if by_peaks:
+        peaks = ("max_lr", "initial_lr", "swa_lr")
+        return any(key in group and key in template and float(group[key]) == float(template[key]) for key in peaks)
     return not math.isclose(float(group["lr"]), float(template["lr"]) * ratio, rel_tol=1e-3)
 
 

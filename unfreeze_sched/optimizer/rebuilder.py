@@ -19,7 +19,7 @@ All that can be refused is refused before anything is changed.
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
@@ -138,6 +138,7 @@ class OptimizerRebuilder:
             )
         self.optimizer = optimizer
         self.lr_schedulers = lr_schedulers
+        self._first_schedulers = lr_schedulers if membership == "late" else None
         self.on_refreeze: OnRefreeze = one_of(on_refreeze, "on_refreeze", get_args(OnRefreeze))
         self.membership: Membership = one_of(membership, "membership", get_args(Membership))
         keeps = "1 keeps the template's learning rate"
@@ -224,22 +225,21 @@ class OptimizerRebuilder:
         )
 
     def warn_of_lost_ratios(self) -> None:
-        """Warn once where a block's rate is not its share of the template's; schedulers that were passed keep it."""
-        if self._warned or (self.lr_schedulers and self.membership == "late"):
+        """Warn once where a block's rate is not its share of the template's.
+
+        Schedulers that were there when the blocks joined keep it; one that took over may have given all one peak.
+        """
+        if self._warned or (self.lr_schedulers and self.lr_schedulers is self._first_schedulers):
             return
-        subsets = {(self.blocks[s.block].name, s.number): s for s in self._subsets(self._all())}
-        for group in self.optimizer.param_groups:
-            subset = (known := groups.tag(group)) and subsets.get(known)
-            if subset is None or not group["params"]:
-                continue
-            template, ratio = self.optimizer.param_groups[self._template_of(subset)], self._ratios[subset.block]
-            if rates.has_lost(group, template, ratio, declared=self.membership == "declared"):
+        by_peaks = bool(self.lr_schedulers) or self.membership == "declared"
+        for group, template, ratio in self.shares():
+            if group["params"] and rates.has_lost(group, template, ratio, by_peaks=by_peaks):
                 self._warned = True
                 warn(
                     f"`learning_rate_scale` should hold, {ratio:g} of the template's rate, got "
-                    f"{self.blocks[subset.block].name} at {float(group['lr']):g} beside {float(template['lr']):g}: "
+                    f"{group[BLOCK_KEY]} at {float(group['lr']):g} beside {float(template['lr']):g}: "
                     "a loop or scheduler gives all groups one rate; multiply by group['lr_scale'], or give the "
-                    "scheduler a list with one max_lr or base_lr for each group"
+                    "scheduler a list with one max_lr, base_lr or swa_lr for each group"
                 )
                 return
 
@@ -254,6 +254,13 @@ class OptimizerRebuilder:
                 self._warned = True
                 admission.warn_of_floor(floored.scheduler, floored.floor)
                 return
+
+    def shares(self) -> Iterator[tuple[dict[str, Any], dict[str, Any], float]]:
+        """Each live group of a block, its template's, and the ratio of their learning rates."""
+        subsets = {(self.blocks[subset.block].name, subset.number): subset for subset in self._subsets(self._all())}
+        for group in self.optimizer.param_groups:
+            if (known := groups.tag(group)) and (subset := subsets.get(known)):
+                yield group, self.optimizer.param_groups[self._template_of(subset)], self._ratios[subset.block]
 
     def learning_rates(self) -> dict[str, float]:
         """The learning rate of each block's group now, by the block's name."""

@@ -7,6 +7,7 @@ import copy
 import json
 import time
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -63,11 +64,12 @@ def _run(args: argparse.Namespace, ranks: Ranks) -> None:
         board.check()
     _refuse_many_ranks(args.batch_size, ranks)
     settings = Settings(args.epochs, args.lr, args.batch_size, args.seed, ranks.device(args.device))
-    training, validation, test = data_of(args)
-    n_images = len(training) + len(validation)
+    training, validation, test = data_of(args, partial(console.print, markup=False))
+    n_images = len(training) + (len(validation) if args.val is None else 0)
     classes = classes_for(args.teacher, training)
     console.print(
-        f"{n_images} training images, {len(validation)} of them for validation, {len(test)} for the test; "
+        f"{n_images} training images, {len(validation)} {'of them ' if args.val is None else ''}for validation, "
+        f"{len(test)} for the test; "
         f"{training.classes} classes; {settings.device}{f', {ranks.world} ranks' if ranks.world > 1 else ''}; "
         f"into {output}"
     )

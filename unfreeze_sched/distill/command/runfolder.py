@@ -14,7 +14,7 @@ from unfreeze_sched.distill.command.arguments import add_arguments
 
 def save_arguments(args: argparse.Namespace, output: Path) -> None:
     """Keep the arguments for a resume, which may be started from another folder."""
-    for name in ("data", "teacher", "student_weights"):
+    for name in ("data", "val", "test", "teacher", "student_weights"):
         value = getattr(args, name)
         if value is not None and Path(value).exists():
             setattr(args, name, str(Path(value).resolve()))
