@@ -265,11 +265,11 @@ def deviation(
 
 @contextlib.contextmanager
 def surroundings(case: Case) -> Iterator[None]:
-    """A process group where one is needed, and silence."""
+    """A process group where one is needed, silence, and nothing compiled, which takes a minute for timm's Kron."""
     if case.distributed:
         distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.compiler.set_stance("force_eager"):
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -451,6 +451,40 @@ def listed_cases() -> Iterator[Case]:
         )
 
 
+NEEDS_CUDA = ("bnb", "fused")
+"""How those of timm's names begin that are bitsandbytes' or apex', without which they cannot be made here."""
+
+
+def _timm(groups: Groups, name: str, keywords: Keywords) -> Any:
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    flags = [parameter.requires_grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.requires_grad_(True)  # AdaHessian makes its state for what is trainable when it is made
+    optimizer = importlib.import_module("timm.optim").create_optimizer_v2(groups, opt=name, **keywords)
+    for parameter, flag in zip(parameters, flags, strict=True):
+        parameter.requires_grad_(flag)
+    return optimizer
+
+
+def timm_cases() -> Iterator[Case]:
+    """All of timm's registry that can be made here; the target is the oracle, where nothing is counted by group."""
+    package = importlib.import_module("timm.optim")
+    if not hasattr(package, "list_optimizers"):  # before timm 1.0.12
+        return
+    for name in package.list_optimizers():
+        target, why = "oracle", ""
+        if "adan" in name:
+            target = "fresh"
+        if "lamb" in name:
+            target, why = "reset", "clips by the norm of all gradients"
+        if not name.startswith(NEEDS_CUDA):
+            make = functools.partial(_timm, name=name, keywords={"lr": LR})
+            yield Case(f"timm {name}", make, target, why, second_order=name == "adahessian")
+    relative = functools.partial(_timm, name="adafactor", keywords={"lr": None})
+    yield Case("timm adafactor, lr=None", relative, "oracle")
+    yield Case("timm lookahead_adamw", functools.partial(_timm, name="lookahead_adamw", keywords={"lr": LR}))
+
+
 def _wrapped(groups: Groups, wrapper: str, keywords: Keywords) -> Any:
     package = importlib.import_module(PYPI)
     inner = torch.optim.AdamW(groups, lr=LR)
@@ -509,6 +543,7 @@ def cases() -> Iterator[Case]:
     """Every optimizer at hand."""
     yield from torch_cases()
     yield from other_cases()
+    yield from timm_cases()
     yield from listed_cases()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib
 from typing import Any
 
 import optimizers_matrix as matrix
@@ -14,12 +15,14 @@ from unfreeze_sched import Block, OptimizerRebuilder
 from unfreeze_sched.optimizer import groups
 
 po = pytest.importorskip("pytorch_optimizer")
-for package in ("schedulefree", "prodigyopt", "lion_pytorch", "transformers", "accelerate"):
+for package in ("schedulefree", "prodigyopt", "lion_pytorch", "timm", "transformers", "accelerate"):
     pytest.importorskip(package)
 
 CASES = {case.name: case for case in matrix.cases()}
-TORCH, LISTED = ([name for name in CASES if name.startswith(start)] for start in ("torch ", "pytorch_optimizer "))
-OTHERS = [name for name in CASES if name not in TORCH and name not in LISTED]
+TORCH, TIMM, LISTED = (
+    [name for name in CASES if name.startswith(start)] for start in ("torch ", "timm ", "pytorch_optimizer ")
+)
+OTHERS = [name for name in CASES if name not in {*TORCH, *TIMM, *LISTED}]
 # Groups of one learning rate, or none: a scale of 1 alone is taken.
 ONE_RATE = "refused: `learning_rate_scale` and `layer_decay` must be 1 for "
 NEVER = "refused: `optimizer` must take further param groups, got "
@@ -28,7 +31,8 @@ NEVER_JOIN = {"torch LBFGS", *(f"pytorch_optimizer {name}" for name in ("lbfgs",
 NOT_LATE = {f"pytorch_optimizer {name}" for name in ("asgd", "swats", "emonavi", "emolynx", "emofact")}
 AT_ONE = {
     *(name for name, case in CASES.items() if case.why == matrix.D_ADAPTATION),
-    "transformers Adafactor, lr=None", "pytorch_optimizer adafactor", "pytorch_optimizer alig",
+    "transformers Adafactor, lr=None", "timm adafactor, lr=None", "pytorch_optimizer adafactor",
+    "pytorch_optimizer alig",
 }  # fmt: skip
 
 
@@ -53,16 +57,16 @@ def test_trajectories(name: str, membership: str) -> None:
         assert verdict(name, membership, scale).startswith(expected(name, membership, scale))
 
 
-@pytest.mark.parametrize("name", LISTED)
+@pytest.mark.parametrize("name", [*TIMM, *LISTED])
 def test_trajectories_of_the_listed(name: str) -> None:
-    """As above, for all of pytorch-optimizer's list: none is silently wrong."""
+    """As above, for all of timm's registry and pytorch-optimizer's list: none is silently wrong."""
     for membership in matrix.MEMBERSHIPS:
         scale = 1.0 if name in AT_ONE else 0.5
         assert verdict(name, membership, scale).startswith(expected(name, membership, scale))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", LISTED)
+@pytest.mark.parametrize("name", [*TIMM, *LISTED])
 def test_other_scales_of_the_listed(name: str) -> None:
     """At the scale that the quick run leaves out."""
     for membership in matrix.MEMBERSHIPS:
@@ -80,6 +84,14 @@ def test_how_many_are_right() -> None:
     assert {name for name, text in said.items() if text.startswith("refused: ")} == (NEVER_JOIN | NOT_LATE) - {
         "torch LBFGS"
     }
+
+
+@pytest.mark.skipif(not TIMM, reason="timm before 1.0.12 has no registry")
+def test_all_of_timm_is_here() -> None:
+    """What is left out of its registry are bindings of two packages for CUDA."""
+    listed = importlib.import_module("timm.optim").list_optimizers()
+    assert len(TIMM) > 80
+    assert all(f"timm {name}" in TIMM or name.startswith(matrix.NEEDS_CUDA) for name in listed)
 
 
 # What the comparison finds.

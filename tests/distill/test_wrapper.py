@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import pickle
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +182,81 @@ def test_exactly_so_many_blocks(teacher: Path) -> None:
     assert counts[0] > counts[3] > counts[1] > counts[2] == 0
     optimizer = torch.optim.SGD(model.student.get_decoder_parameters(), lr=0.1)
     assert [len(model.unfreeze_encoder_blocks(n, optimizer=optimizer)) for n in (4, 1, 0, 2)] == counts
+
+
+def backward(model: Any) -> None:
+    model.train()
+    model(torch.randn(2, 3, 32, 32))[0].square().mean().backward()
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_legitimate_loop_is_not_refused(teacher: Path, *, set_to_none: bool, first: bool) -> None:
+    """Gradients cleared before the backward pass or after the step: blocks join from call to call."""
+    model = make(teacher)
+    optimizer = torch.optim.SGD(model.student.get_decoder_parameters(), lr=0.01)
+    for number in range(3):
+        model.unfreeze_encoder_blocks(number, optimizer=optimizer)
+        gc.collect()
+        if first:
+            optimizer.zero_grad(set_to_none=set_to_none)
+        backward(model)
+        optimizer.step()
+        if not first:
+            optimizer.zero_grad(set_to_none=set_to_none)
+    assert len(optimizer.param_groups) == 3
+
+
+def test_a_call_within_an_accumulation_is_refused(teacher: Path) -> None:
+    """As `ProgressiveUnfreezer.apply` does: nothing has changed, and after the step blocks join; also of a copied run."""
+    model = make(teacher)
+    optimizer = torch.optim.SGD(model.student.get_decoder_parameters(), lr=0.01)
+    model.unfreeze_encoder_blocks(1, optimizer=optimizer)
+    gc.collect()
+    backward(model)
+    optimizer.step()
+    model.unfreeze_encoder_blocks(1, optimizer=optimizer)
+    model, optimizer = copy.deepcopy((model, optimizer))
+    model.unfreeze_encoder_blocks(1, optimizer=optimizer)
+    gc.collect()
+    optimizer.zero_grad()
+    backward(model)
+    trainable = [p.requires_grad for p in model.parameters()]
+    for number in (0, 2):
+        with pytest.raises(RuntimeError, match="got an accumulation that is not over"):
+            model.unfreeze_encoder_blocks(number, optimizer=optimizer)
+    assert len(optimizer.param_groups) == 2
+    assert [p.requires_grad for p in model.parameters()] == trainable
+    model.unfreeze_encoder_blocks(1, optimizer=optimizer)  # changes nothing
+    optimizer.step()
+    model.unfreeze_encoder_blocks(2, optimizer=optimizer)
+    assert len(optimizer.param_groups) == 3
+
+
+def test_the_first_step_is_watched(teacher: Path) -> None:
+    """What a call unfroze is looked at in the step after it, as with an unfreezer that is kept."""
+    model = make(teacher)
+    optimizer = torch.optim.SGD(model.student.get_decoder_parameters(), lr=0.01)
+    model.unfreeze_encoder_blocks(1, optimizer=optimizer)
+    gc.collect()
+    backward(model)
+    for parameter in model.blocks[-1].parameters():
+        parameter.grad = None
+    with pytest.warns(UserWarning, match="no gradient reached encoder.layer4.0.conv1.weight"):
+        optimizer.step()
+    optimizer.step()  # warnings are errors
+
+
+def test_a_wrapper_keeps_no_optimizer(teacher: Path) -> None:
+    """What a call leaves behind lies with the optimizer, and goes with it."""
+    model = make(teacher)
+    optimizer = torch.optim.SGD(model.student.get_decoder_parameters(), lr=0.01)
+    model.unfreeze_encoder_blocks(1, optimizer=optimizer)
+    assert len(optimizer._optimizer_step_post_hooks) == 1
+    gone = weakref.ref(optimizer)
+    del optimizer
+    gc.collect()
+    assert gone() is None
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.optim import PostLocalSGDOptimizer
+from torch.optim import Optimizer
 
-from unfreeze_sched import Block, OptimizerRebuilder
+from unfreeze_sched import Block, OptimizerRebuilder, ProgressiveUnfreezer
+from unfreeze_sched.optimizer.groups import layers
 
 po = pytest.importorskip("pytorch_optimizer")
 
@@ -59,3 +62,65 @@ def test_complex_parameters_are_checked_before_anything_changes() -> None:
         "leave it out of the block"
     )
     assert len(optimizer.param_groups) == 1
+
+
+class Forwarding(Optimizer):
+    """As Opacus' DPOptimizer: all that it has is another's, under a name of its own, and torch's hooks are not there."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.original_optimizer = optimizer
+
+    param_groups = property(lambda self: self.original_optimizer.param_groups)  # type: ignore[assignment]
+    defaults = property(lambda self: self.original_optimizer.defaults)  # type: ignore[assignment]
+    state = property(lambda self: self.original_optimizer.state)  # type: ignore[assignment]
+
+    def step(self, closure: Any = None) -> Any:
+        return self.original_optimizer.step(closure)
+
+
+class Hiding(Forwarding):
+    """What it forwards to is no attribute."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.hidden = [optimizer]
+
+    original_optimizer = property(lambda self: self.hidden[0])  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(
+    ("wrap", "which"),
+    [
+        (Forwarding, "got Forwarding, which forwards to those of another; pass its `original_optimizer`"),
+        (Hiding, "got Hiding, which forwards to those of another; pass the optimizer that it wraps"),
+        (
+            lambda optimizer: PostLocalSGDOptimizer(optimizer, None),  # type: ignore[arg-type]
+            "got PostLocalSGDOptimizer, which forwards to those of another; pass its `optim`",
+        ),
+    ],
+    ids=["forwarding", "hiding", "post-local"],
+)
+def test_a_layer_that_forwards_to_what_is_not_known_is_refused(wrap: Any, which: str) -> None:
+    """By name, with what to pass, and nothing has changed; what is said to be passed is taken."""
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    make = functools.partial(ProgressiveUnfreezer.from_model, net, total_epochs=20, blocks=[Block("block", net[0])])
+    assert refused(make, optimizer=wrap(optimizer)) == f"`optimizer` must hold its param groups itself, {which}"
+    assert len(optimizer.param_groups[0]["params"]) == 4
+    assert make(optimizer=optimizer).apply(10).added == ("block/weight", "block/bias")
+
+
+def test_layers_that_are_known() -> None:
+    """Wrappers of torch's kin are looked through; another optimizer that is no layer is not taken for one."""
+    net = nn.Linear(4, 4)
+    inner = torch.optim.SGD(net.parameters(), lr=0.1)
+    lookahead = pytest.importorskip("timm.optim").Lookahead(inner)
+    lightning = pytest.importorskip("lightning.pytorch.core.optimizer").LightningOptimizer(inner)
+    assert list(layers(lookahead)) == [lookahead, inner]
+    assert list(layers(lightning)) == [lightning, inner]
+    inner.other = torch.optim.SGD(nn.Linear(2, 2).parameters())  # type: ignore[attr-defined]
+    inner.outer = lookahead  # type: ignore[attr-defined]
+    for optimizer in (inner, lookahead, lightning):
+        block = nn.Linear(4, 4)
+        OptimizerRebuilder(optimizer, [Block("block", block)]).sync()
+        assert optimizer.param_groups is inner.param_groups
+        assert inner.param_groups.pop()["params"] == list(block.parameters())

@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from bits import differences
 from oracle import Net
 from torch.optim import lr_scheduler
 from torch.torch_version import TorchVersion
 
 from unfreeze_sched import MilestonePreset, OptimizerRebuilder, ProgressiveUnfreezer, RatePreset, UnfreezeSchedule
+from unfreeze_sched.optimizer import groups
 
 RATE = UnfreezeSchedule(preset=RatePreset(unfreeze_start_epoch=1, unfreeze_rate=2), total_blocks=3, total_epochs=8)
 
@@ -106,6 +108,31 @@ def test_adagrads_sums_are_there_for_the_first_step(version: str | None, monkeyp
         optimizer.step()
         optimizer.zero_grad()
     assert int(optimizer.state[parameter]["step"]) == 1
+
+
+@pytest.mark.parametrize("membership", ["late", "declared"])
+def test_a_refused_join_leaves_no_state(membership: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was prepared for a parameter goes with it, or the optimizer could not be saved any more."""
+    optim = pytest.importorskip("timm.optim.adahessian")
+    net = Net(2)
+    optimizer = optim.Adahessian(net.head.parameters())
+    rebuilder = OptimizerRebuilder(optimizer, net.make_blocks(), membership=membership)
+    before = optimizer.state_dict()
+    prepare, calls = groups._prepare, []
+
+    def fails_at_the_second(*args: Any) -> None:
+        prepare(*args)
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(groups, "_prepare", fails_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        rebuilder.sync()
+    assert differences(optimizer.state_dict(), before) == []
+    rebuilder.sync()
+    assert [len(group["params"]) for group in optimizer.param_groups] == [2, 4, 4]
+    assert len(optimizer.state_dict()["state"]) == 10
 
 
 def test_block_names_are_one_rebuilders() -> None:

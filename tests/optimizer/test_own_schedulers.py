@@ -120,3 +120,15 @@ def test_no_class() -> None:
     """A scheduler instead of its class is refused."""
     with pytest.raises(TypeError, match="`cls` must be a class, got int; pass the scheduler's class itself"):
         rates.register(3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("argument", ["scaled_lists", "copied_lists", "scaled_keys", "floors"])
+@pytest.mark.parametrize("names", ["base_lrs", ["peaks", 3], 3, None])
+def test_names_are_lists_of_strings(registered: None, argument: str, names: Any) -> None:
+    """A string in the place of a list would be taken for names of one letter each; it is refused by name."""
+    shown = re.escape(repr(names))
+    with pytest.raises(TypeError, match=rf"`{argument}` must be a list of names, got {shown}; write \['base_lrs'\]"):
+        rates.register(Halving, **{argument: names})
+    assert rates.row_of(Halving) is rates.UNKNOWN
+    rates.register(Halving, **{argument: ["peaks"]})
+    assert getattr(rates.row_of(Halving), argument) == ("peaks",)

@@ -128,6 +128,24 @@ def test_a_step_that_fails_keeps_the_rate() -> None:
     assert (optimizer.param_groups[1]["lr"], optimizer.param_groups[1][WARMUP_KEY]) == (1.0, [1, 4])
 
 
+@pytest.mark.parametrize(
+    ("module", "name", "reason"),
+    [
+        ("transformers.optimization", "Adafactor", "whose groups have no `lr`"),
+        ("timm.optim", "Adafactor", "whose groups have no `lr`"),
+        ("prodigyopt", "Prodigy", "whose groups share one learning rate"),
+    ],
+)
+def test_warmup_is_refused_where_a_group_has_no_rate_of_its_own(module: str, name: str, reason: str) -> None:
+    """There is nothing to lower; it was an error in the middle of a step."""
+    net = Net(1)
+    optimizer = getattr(pytest.importorskip(module), name)(net.head.parameters())
+    keywords: dict[str, Any] = {"learning_rate_scale": 1.0}
+    OptimizerRebuilder(optimizer, net.make_blocks(), **keywords)
+    with pytest.raises(ValueError, match=rf"`warmup_steps` must be 0 for {name}, {reason}, got 3; leave it out"):
+        OptimizerRebuilder(optimizer, net.make_blocks(), warmup_steps=3, **keywords)
+
+
 @pytest.mark.parametrize("name", ["Rprop", "ASGD"])
 def test_warmup_is_refused_where_the_rate_becomes_state(name: str) -> None:
     """Optimizers that build their state from the learning rate refuse a warm-up by name."""

@@ -168,6 +168,7 @@ class DistillationUNetWrapper(nn.Module):
             TypeError: `num_blocks` is no integer.
             ValueError: `num_blocks` is out of range, schedulers are given without their optimizer, or the optimizer
                 refuses; then nothing has changed.
+            RuntimeError: An accumulation is not over, as of the second call with an optimizer; likewise.
         """
         total = len(self._blocks)
         num_blocks = as_count(num_blocks, "num_blocks", minimum=0, fix=f"the encoder has {total} blocks")
@@ -182,7 +183,10 @@ class DistillationUNetWrapper(nn.Module):
             total_epochs=1,
         )
         if optimizer is not None:
-            ProgressiveUnfreezer(self._blocks, optimizer, schedule, lr_schedulers).apply(0)
+            unfreezer = ProgressiveUnfreezer(self._blocks, optimizer, schedule, lr_schedulers)
+            unfreezer.rebuilder.accumulation.stay()  # the next call is to know of the steps until then
+            if unfreezer.apply(0):
+                unfreezer.rebuilder.first_step.stay()
         else:
             frozen = len(self._blocks) - schedule[0]
             for index, block in enumerate(self._blocks):

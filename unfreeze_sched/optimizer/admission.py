@@ -16,7 +16,7 @@ from unfreeze_sched._checks import listed, warn
 from unfreeze_sched.model.block import Block, Named
 from unfreeze_sched.optimizer import rates
 from unfreeze_sched.optimizer.counters import written
-from unfreeze_sched.optimizer.groups import BLOCK_KEY, class_path, layers, why_no_rate
+from unfreeze_sched.optimizer.groups import BLOCK_KEY, class_path, innermost, layers, why_no_rate
 
 # Why no group can join, ever or once training has begun; what the structure tells is asked in `refuse_optimizer`.
 _NEVER = {"torch.optim.lbfgs.LBFGS": "which holds one"}
@@ -86,6 +86,7 @@ def refuse_optimizer(
         ...
         ValueError: `optimizer` must take further param groups, got LBFGS, which holds one; use another
     """
+    _refuse_forwarding(optimizer)
     for layer in layers(optimizer):
         name = type(layer).__name__
         reason = _NEVER.get(class_path(layer.__class__))
@@ -102,7 +103,9 @@ def refuse_optimizer(
             raise ValueError(
                 f"`membership` must be 'declared' for {name}, {reason}, got 'late'; pass membership='declared'"
             )
-        if "lr" in written(layer.__class__) and (late or drops):
+        # A relative step writes the learning rate as well, and computes it anew each time.
+        writes_rate = "lr" in written(layer.__class__) and "relative_step" not in optimizer.param_groups[template]
+        if writes_rate and (late or drops):
             got = "membership='late'" if late else "on_refreeze='drop'"
             raise ValueError(
                 "`membership` must be 'declared' and `on_refreeze` 'keep' for "
@@ -114,6 +117,22 @@ def refuse_optimizer(
         raise ValueError(
             f"`learning_rate_scale` and `layer_decay` must be 1 for {type(optimizer).__name__}, {reason}, got a group "
             f"at {wrong[0]} of the template's rate; pass learning_rate_scale=1.0"
+        )
+
+
+def _refuse_forwarding(optimizer: Any) -> None:
+    """Refuse an optimizer whose groups and hooks are those of one that `layers` does not know, as Opacus' are."""
+    last = innermost(optimizer)
+    inner = [
+        name
+        for name, value in vars(last).items()
+        if getattr(value, "param_groups", None) is last.param_groups
+        and not any(layer is last for layer in layers(value))  # it wraps this one
+    ]
+    if inner or "param_groups" not in vars(last):
+        raise ValueError(
+            f"`optimizer` must hold its param groups itself, got {type(last).__name__}, which forwards to those of "
+            f"another; pass {f'its `{inner[0]}`' if inner else 'the optimizer that it wraps'}"
         )
 
 
@@ -147,12 +166,14 @@ def refuse_template(optimizer: Optimizer, index: int) -> None:
         raise ValueError(f"`template` must be below {own}, the number of your own groups, got {index}; 0 is the head's")
 
 
-def refuse_warmup(optimizer: Any, steps: int) -> None:
-    """Refuse a warm-up of an optimizer that builds state from its first rate, which would be false for good."""
-    if steps and isinstance(optimizer, (Rprop, ASGD)):
+def refuse_warmup(optimizer: Any, steps: int, template: int = 0) -> None:
+    """Refuse a warm-up where a group has no rate of its own, or builds state from its first, false for good then."""
+    reason = why_no_rate(optimizer, optimizer.param_groups[template])
+    if isinstance(optimizer, (Rprop, ASGD)):
+        reason = "which builds its state from the learning rate"
+    if steps and reason is not None:
         raise ValueError(
-            f"`warmup_steps` must be 0 for {type(optimizer).__name__}, which builds its state from the learning "
-            f"rate, got {steps}; leave it out"
+            f"`warmup_steps` must be 0 for {type(optimizer).__name__}, {reason}, got {steps}; leave it out"
         )
 
 
@@ -390,7 +411,8 @@ def refuse_pending() -> NoReturn:
     """Refuse a change while there are gradients that no step has used."""
     raise RuntimeError(
         "`optimizer` must have used its gradients before blocks join, got an accumulation that is not over; "
-        "call optimizer.step() and optimizer.zero_grad() first, or zero_grad() alone to give it up"
+        "call optimizer.step() and optimizer.zero_grad() first, or zero_grad() alone to give it up, as for a GAN's "
+        "discriminator, in which the generator's loss leaves gradients"
     )
 
 

@@ -19,7 +19,7 @@ SUBSET_KEY = "unfreeze_subset"
 """The key that tells the further groups of one block apart: 1, 2, ...; the first has none."""
 
 _NOT_COUNTERS = frozenset({"params", "param_names", "lr", "initial_lr"})
-_WRAPPED = ("optimizer", "base_optimizer", "base")
+_WRAPPED = ("optimizer", "_optimizer", "base_optimizer", "_base_optimizer", "base")
 # Lists of an optimizer with a learning rate for each group.
 _RATE_LISTS = ("base_lrs",)
 
@@ -198,6 +198,11 @@ def reorder(optimizer: Any, order: Sequence[int]) -> None:
 
 def take_back(optimizer: Any, size: int, filled: Iterable[dict[str, Any]] = ()) -> None:
     """Undo `add` and `fill`: no groups from the 0-based place `size` on, and empty ones where there were empty ones."""
+    filled = list(filled)
+    for group in [*optimizer.param_groups[size:], *filled]:
+        for layer in layers(optimizer):
+            for parameter in group["params"]:
+                layer.state.pop(parameter, None)  # what was prepared
     for group in filled:
         group["params"].clear()
         group.get("param_names", []).clear()
@@ -251,8 +256,15 @@ def _accumulate_from(optimizer: Any, parameters: Sequence[nn.Parameter]) -> None
         optimizer.state.update(type(optimizer)(parameters, **optimizer.defaults).state)
 
 
+def _begin_hessians(optimizer: Any, parameters: Sequence[nn.Parameter]) -> None:
+    for parameter in parameters:
+        parameter.hess = 0.0  # type: ignore[attr-defined]
+        optimizer.state[parameter]["hessian step"] = 0
+
+
 _PREPARE: dict[str, Callable[[Any, Sequence[nn.Parameter]], object]] = {
     "pytorch_optimizer.optimizer.spam.SPAM": lambda optimizer, _: optimizer.init_masks(),
     "pytorch_optimizer.optimizer.trac.TRAC": _refer_to,
+    "timm.optim.adahessian.Adahessian": _begin_hessians,
     "torch.optim.adagrad.Adagrad": _accumulate_from,
 }

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import ChainedScheduler, MultiplicativeLR, ReduceLROnPlateau, SequentialLR
 from torch.optim.swa_utils import SWALR
 
+from unfreeze_sched._checks import short
 from unfreeze_sched.optimizer.groups import class_path
 
 Rate = float | Tensor
@@ -117,7 +118,7 @@ def register(
         restarts: Whether its rates follow from the row alone when it takes over in a SequentialLR.
 
     Raises:
-        TypeError: `cls` is no class.
+        TypeError: `cls` is no class, or one of the others no list of names.
 
     Example:
         >>> import torch
@@ -128,9 +129,11 @@ def register(
     """
     if not isinstance(cls, type):
         raise TypeError(f"`cls` must be a class, got {type(cls).__name__}; pass the scheduler's class itself")
-    _ROWS[class_path(cls)] = _Row(
-        tuple(scaled_lists), tuple(copied_lists), tuple(scaled_keys), tuple(floors), restarts=restarts
-    )
+    given = {"scaled_lists": scaled_lists, "copied_lists": copied_lists, "scaled_keys": scaled_keys, "floors": floors}
+    for argument, names in given.items():
+        if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+            raise TypeError(f"`{argument}` must be a list of names, got {short(names)}; write ['base_lrs'] for one")
+    _ROWS[class_path(cls)] = _Row(**{key: tuple(names) for key, names in given.items()}, restarts=restarts)
     _kind.cache_clear()
     row_of.cache_clear()
 

@@ -163,7 +163,7 @@ class OptimizerRebuilder:
                 like = optimizer.param_groups[self._template_of(subset)]
                 admission.refuse_unfit(optimizer, like, subset.samples, self._admitted)
         warmup_steps = as_count(warmup_steps, "warmup_steps", minimum=0, fix="it is a number of optimizer steps")
-        admission.refuse_warmup(optimizer, warmup_steps)
+        admission.refuse_warmup(optimizer, warmup_steps, template)
         one_of(probe, "probe", get_args(Probe))
         admission.refuse_schedulers(optimizer, lr_schedulers)
         declared = [] if late else [self._join(subset.only(()), None) for subset in self._subsets(self._all())]
@@ -171,7 +171,7 @@ class OptimizerRebuilder:
         self._carry_out(declared)
         self.claim = Claim(stepping, self.blocks)
         self.owners = Owners(self.blocks)
-        self.accumulation = Accumulation(stepping, template)
+        self.accumulation = Accumulation.on(stepping)
         self.first_step = FirstStep(stepping, probe)
         self._warmup = Warmup(stepping, warmup_steps) if warmup_steps else None
 

@@ -37,7 +37,7 @@ class Warmup(Watcher):
         """Start the warm-up of groups that have just joined; it goes on where the unfreezer is let go."""
         for group in groups:
             group[WARMUP_KEY] = [0, self.steps]
-            self.hooks.busy.add(self)
+            self.stay()
 
     def before_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Lower the rates of all groups that warm up, whichever rebuilder began it: two would lower them twice."""
@@ -56,7 +56,7 @@ class Warmup(Watcher):
                     self._own.append((group, rate))
                     group["lr"] = rate * ((taken + 1) / total)
         if not self._own:
-            self.hooks.busy.clear()
+            self.hooks.busy -= {watcher for watcher in self.hooks.busy if isinstance(watcher, Warmup)}
 
     def after_step(self) -> None:
         """Give the rates back, and count the step."""

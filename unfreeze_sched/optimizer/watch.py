@@ -12,7 +12,9 @@ from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
+from torch.utils.weak import TensorWeakRef
 
 from unfreeze_sched import parallel
 from unfreeze_sched._checks import listed, warn
@@ -23,7 +25,9 @@ from unfreeze_sched.optimizer.groups import tag
 Probe = Literal["ranks", "local", "off"]
 
 _Held = tuple[Mapping[str, Any], tuple[nn.Parameter | None, ...]]  # a module's own parameters: the dict, and its values
+_Used = tuple[TensorWeakRef, int]  # a gradient, which it does not keep, and torch's count of its changes
 _SHOWN = 10
+_WITNESSES = 4
 _Kind = TypeVar("_Kind", bound="Watcher")
 # Norms of equal gradients may differ in their last bits on ranks with unlike hardware; those of other batches differ
 # by far more.
@@ -122,6 +126,10 @@ class Watcher:
     def hooks(self) -> StepHooks:
         """Those of the optimizer."""
         return StepHooks.on(self._optimizer)
+
+    def stay(self) -> None:
+        """Look on when its maker is let go, too."""
+        self.hooks.busy.add(self)
 
     def before_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A step begins; what is returned takes the place of its arguments, unless it is None."""
@@ -234,43 +242,79 @@ class Accumulation(Watcher):
     """Tells gradients of an accumulation that is not over from gradients that the last step has used.
 
     A transition in its middle would let the joining parameters see a part of the gradient alone. That a gradient is
-    there says nothing: many loops clear it before the backward pass, not after the step. So the smallest parameter of
-    one group is watched, whose gradient changes with each backward pass.
+    there says nothing: many loops clear it before the backward pass, not after the step. But each backward pass changes
+    the gradients that it reaches, so a handful of parameters are witnesses, spread over all groups.
 
     Args:
         optimizer: The live optimizer, or what is innermost of its wrappers.
-        template: 0-based index of the group to watch.
     """
 
-    def __init__(self, optimizer: Optimizer, template: int) -> None:
+    def __init__(self, optimizer: Optimizer) -> None:
         super().__init__(optimizer)
-        self._parameter = min(optimizer.param_groups[template]["params"], key=Tensor.numel, default=None)
-        self._used: tuple[Tensor, int] | None = None
+        self._witnesses: Sequence[Tensor] = ()
+        self._groups = 0  # their number when the witnesses were chosen
         self.after_step()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy begins anew: its parameters have no gradients."""
+        return type(self), (self._optimizer,)
+
+    @classmethod
+    def on(cls, optimizer: Optimizer) -> Accumulation:
+        """The one of an optimizer, for all that change it: a later one is to know of the steps before."""
+        return next(StepHooks.on(optimizer).of_kind(cls), None) or cls(optimizer)
 
     def is_pending(self) -> bool:
         """Whether there are gradients that no step has used."""
-        gradient = None if self._parameter is None else self._parameter.grad
-        if gradient is None or (
-            self._used is not None and gradient is self._used[0] and gradient._version == self._used[1]  # noqa: SLF001
-        ):
+        if any(self._used):
+            pairs = zip(self._witnesses, self._used, strict=True)
+            unused = [p.grad for p, used in pairs if p.grad is not None and not _is_as_it_was(p.grad, used)]
+        else:  # the last step found no gradient at all
+            unused = list(self._gradients())
+        # They are zero after zero_grad(set_to_none=False).
+        if not any(_numbers(gradient).count_nonzero() for gradient in unused):
             return False
-        if not gradient.count_nonzero():
-            return False  # zero_grad(set_to_none=False)
         # A step that GradScaler left out, since a gradient overflowed, has used them as well.
-        gradients = (
-            parameter.grad
-            for group in self._optimizer.param_groups
-            for parameter in group["params"]
-            if parameter.grad is not None
-        )
-        return all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
+        return all(bool(torch.isfinite(_numbers(gradient)).all()) for gradient in self._gradients())
 
     def after_step(self) -> None:
         """Note the gradients that it has used."""
-        gradient = None if self._parameter is None else self._parameter.grad
-        # The object itself is kept, small as it is: an address would be used again by the next gradient.
-        self._used = None if gradient is None else (gradient, gradient._version)  # noqa: SLF001  # torch's own counter
+        used = self._noted()
+        if not any(used) or len(self._optimizer.param_groups) != self._groups:
+            self._choose()
+            used = self._noted()
+        self._used = used
+
+    def _choose(self) -> None:
+        """Take as witnesses what has a gradient now, as far as anything has: small ones, from all over the groups."""
+        groups = self._optimizer.param_groups
+        parameters = (p for group in groups for p in group["params"] if p.requires_grad and not p.is_meta)
+        able = [p for p in parameters if not is_lazy(p) and p.numel()]
+        able = [p for p in able if p.grad is not None] or able
+        share = max(1, -(-len(able) // _WITNESSES))
+        self._witnesses = [min(able[i : i + share], key=Tensor.numel) for i in range(0, len(able), share)]
+        self._groups = len(groups)
+
+    def _noted(self) -> list[_Used | None]:
+        gradients = [parameter.grad for parameter in self._witnesses]
+        return [None if g is None else (TensorWeakRef(g), g._version) for g in gradients]  # noqa: SLF001  # no public name
+
+    def _gradients(self) -> Iterator[Tensor]:
+        return (p.grad for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None)
+
+
+def _is_as_it_was(gradient: Tensor, used: _Used | None) -> bool:
+    return used is not None and gradient is used[0]() and gradient._version == used[1]  # noqa: SLF001  # likewise
+
+
+def _numbers(gradient: Tensor) -> Tensor:
+    """The numbers that a gradient holds, as torch can count them: a sparse one's, float8 as float, on meta none."""
+    if gradient.is_meta:
+        return torch.empty(0)
+    values = gradient.detach()
+    if values.layout is not torch.strided:
+        values = (values.coalesce() if values.is_sparse else values).values()
+    return values.float() if values.element_size() == 1 else values
 
 
 class FirstStep(Watcher):
@@ -324,6 +368,7 @@ class FirstStep(Watcher):
         if not compared and len(missing) == len(watched) and not self._has_gradients():
             return  # a step without a backward pass
         self._watched.clear()
+        self.hooks.busy.discard(self)
         if missing:
             warn(
                 f"no gradient reached {listed(missing, _SHOWN)} in the first step after unfreezing, so they do not "
@@ -367,9 +412,7 @@ def _norm(gradient: Tensor | None, device: torch.device) -> Tensor:
     """The gradient's 2-norm in double precision; 0 for none, -1 for one that is not finite."""
     if gradient is None:
         return torch.zeros((), dtype=torch.float64, device=device)
-    values = gradient.detach()
-    if values.is_sparse:
-        values = values.coalesce().values()
+    values = _numbers(gradient)
     norm = torch.linalg.vector_norm(values, dtype=torch.complex128 if values.is_complex() else torch.float64).real
     return torch.where(torch.isfinite(norm), norm, -torch.ones_like(norm)).to(device, torch.float64)
 
