@@ -163,3 +163,22 @@ def test_warmup_steps_are_a_count(value: Any, error: type[Exception]) -> None:
     net = Net(1)
     with pytest.raises(error, match="`warmup_steps` must be an integer of at least 0, got"):
         OptimizerRebuilder(torch.optim.SGD(net.head.parameters()), net.make_blocks(), warmup_steps=value)
+
+
+def test_a_warm_up_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA graph would replay the lowered rate for good: refused by the steps that are left, and no rate is changed."""
+    net = Net(1)
+    optimizer = torch.optim.SGD(net.head.parameters(), lr=1.0)
+    OptimizerRebuilder(optimizer, net.make_blocks(), warmup_steps=3, learning_rate_scale=0.5).sync()
+    optimizer.step()
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="must be over before a step is captured in a CUDA graph, got 2 left, at"):
+        optimizer.step()
+    assert [group["lr"] for group in optimizer.param_groups] == [1.0, 0.5]
+    monkeypatch.undo()
+    for _ in range(2):
+        optimizer.step()
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    optimizer.step()

@@ -416,6 +416,14 @@ def refuse_pending() -> NoReturn:
     )
 
 
+def refuse_captured(left: int) -> NoReturn:
+    """Refuse a step that a CUDA graph would repeat at the lowered rate of a warm-up for good."""
+    raise RuntimeError(
+        f"`warmup_steps` must be over before a step is captured in a CUDA graph, got {left} left, at lowered rates "
+        "that each replay would use; run them uncaptured, then capture"
+    )
+
+
 def refuse_differing(names: Sequence[str]) -> NoReturn:
     """Refuse a first step whose gradients are not the same on all ranks."""
     raise RuntimeError(

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from unfreeze_sched.optimizer.admission import refuse_captured
 from unfreeze_sched.optimizer.watch import Watcher
 
 WARMUP_KEY = "unfreeze_warmup"
@@ -48,6 +50,9 @@ class Warmup(Watcher):
         for group in self._optimizer.param_groups:
             taken, total = group.get(WARMUP_KEY, (0, 0))
             if taken < total:
+                if not torch.compiler.is_compiling() and _is_captured():
+                    self._restore_rates()
+                    refuse_captured(total - taken)
                 rate = group["lr"]
                 if isinstance(rate, Tensor):
                     self._own.append((group, rate.clone()))
@@ -75,3 +80,8 @@ class Warmup(Watcher):
             else:
                 group["lr"] = rate
         self._own.clear()
+
+
+def _is_captured() -> bool:
+    """Whether a CUDA graph is being captured; without CUDA torch raises where it is asked."""
+    return bool(torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())  # type: ignore[no-untyped-call]
