@@ -55,7 +55,7 @@ def flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         for index, item in enumerate(value):
             yield from flat(item, f"{path}[{index}]")
     elif isinstance(value, Tensor):
-        data = value.detach().to_dense().contiguous().numpy().tobytes()
+        data = value.detach().cpu().to_dense().contiguous().numpy().tobytes()
         yield path, (str(value.dtype), str(value.layout), tuple(value.shape), data)
     elif isinstance(value, float):
         yield path, value.hex()

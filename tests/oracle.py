@@ -76,11 +76,13 @@ def twins(
     scale: float = 1.0,
     layer_decay: float = 1.0,
     seed: int = 0,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float64,
     **keywords: Any,
 ) -> tuple[Run, Run]:
     """A library run and its oracle, from equal weights."""
     torch.manual_seed(seed)
-    model = Net(schedule.total_blocks)
+    model = Net(schedule.total_blocks, dtype=dtype).to(device)
     twin = copy.deepcopy(model)
 
     optimizer = make_optimizer([{"params": list(model.head.parameters()), "lr": lr}])
@@ -142,17 +144,24 @@ def differences(run: Run, oracle: Run, *, relative: float = 0.0) -> list[str]:
 
 
 def train_in_lockstep(
-    run: Run, oracle: Run, epochs: Sequence[int], *, steps: int = 2, relative: float = 0.0, seed: int = 1
+    run: Run,
+    oracle: Run,
+    epochs: Sequence[int],
+    *,
+    steps: int = 2,
+    relative: float = 0.0,
+    seed: int = 1,
+    step: Callable[[Run, Tensor, Tensor], object] = Run.step,
 ) -> list[str]:
-    """Train both on the same data; the first differences that appear, or none."""
+    """Train both on the same data, with a step of one's own or `Run`'s; the first differences that appear, or none."""
     generator = torch.Generator().manual_seed(seed)
     for epoch in epochs:
         run.apply(epoch)
         oracle.apply(epoch)
-        for step in range(steps):
-            x, y = torch.randn(8, 4, generator=generator).double(), torch.randn(8, 2, generator=generator).double()
-            run.step(x, y)
-            oracle.step(x, y)
+        for index in range(steps):
+            x, y = (torch.randn(8, n, generator=generator).to(run.model.head.weight) for n in (4, 2))
+            step(run, x, y)
+            step(oracle, x, y)
             if found := differences(run, oracle, relative=relative):
-                return [f"epoch {epoch}, step {step}: {text}" for text in found]
+                return [f"epoch {epoch}, step {index}: {text}" for text in found]
     return []

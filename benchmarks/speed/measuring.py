@@ -69,14 +69,17 @@ def in_turn(arms: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, l
     return found
 
 
-def parse(doc: str | None, argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments that all scripts have."""
+def parse(doc: str | None, argv: Sequence[str] | None, device: str | None = None) -> argparse.Namespace:
+    """The arguments that all scripts have, and `--device` for one that has a default of it."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small sizes, few rounds: whether it runs, not how fast")
     parser.add_argument("--output", type=Path, help="folder for the files (default: results; quick: runs/quick)")
+    if device is not None:
+        parser.add_argument("--device", default=device, help=f"default: {device}; another one is a look, as --quick is")
     args = parser.parse_args(argv)
     # A look must not overwrite what is published.
-    args.output = args.output or (Path("runs/quick") if args.quick else RESULTS)
+    is_look = args.quick or (device is not None and args.device != device)
+    args.output = args.output or (Path("runs/quick") if is_look else RESULTS)
     return args
 
 
@@ -125,8 +128,10 @@ def as_markdown(rows: Sequence[Mapping[str, object]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def write(name: str, output: Path, result: Mapping[str, Any], text: str, draw: Callable[[Any], None]) -> None:
-    """Write `name.json`, `name.md` and `name.png`, and print the text.
+def write(
+    name: str, output: Path, result: Mapping[str, Any], text: str, draw: Callable[[Any], None] | None = None
+) -> None:
+    """Write `name.json`, `name.md` and, with `draw`, `name.png`, and print the text.
 
     Args:
         name: Of the script.
@@ -135,18 +140,20 @@ def write(name: str, output: Path, result: Mapping[str, Any], text: str, draw: C
         text: Markdown, to which the versions are added.
         draw: Draws on a figure of matplotlib.
     """
-    import matplotlib as mpl  # noqa: PLC0415  # slow to import, and needed at the end alone
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt  # noqa: PLC0415  # likewise
-
     output.mkdir(parents=True, exist_ok=True)
     (output / f"{name}.json").write_text(json.dumps(plain(result), indent=1) + "\n", encoding="utf-8")
     versions = ", ".join(f"{key} {value}" for key, value in result["versions"].items())
-    text = f"{text.rstrip()}\n\n{versions}\n\n![]({name}.png)\n"
+    picture = f"\n![]({name}.png)\n" if draw else ""
+    text = f"{text.rstrip()}\n\n{versions}\n{picture}"
     (output / f"{name}.md").write_text(text, encoding="utf-8")
-    figure = plt.figure(figsize=(11, 4.5), layout="constrained")
-    draw(figure)
-    figure.savefig(output / f"{name}.png", dpi=110)
-    plt.close(figure)
     print(text)
+    if draw:
+        import matplotlib as mpl  # noqa: PLC0415  # slow to import, and needed at the end alone
+
+        mpl.use("Agg")
+        from matplotlib import pyplot as plt  # noqa: PLC0415  # likewise
+
+        figure = plt.figure(figsize=(11, 4.5), layout="constrained")
+        draw(figure)
+        figure.savefig(output / f"{name}.png", dpi=110)
+        plt.close(figure)

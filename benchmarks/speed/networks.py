@@ -63,9 +63,9 @@ class Training:
     targets: torch.Tensor
 
     @classmethod
-    def of(cls, model: nn.Module, image_size: int, batch_size: int) -> Training:
+    def of(cls, model: nn.Module, image_size: int, batch_size: int, device: str = "cpu") -> Training:
         """In training mode, nothing frozen yet."""
-        images = torch.randn(batch_size, 3, image_size, image_size)
+        model, images = model.to(device), torch.randn(batch_size, 3, image_size, image_size, device=device)
         with torch.no_grad():
             targets = torch.rand_like(model.eval()(images))
         return cls(model.train(), split(model), images, targets)

@@ -39,9 +39,9 @@ class Network:
     blocks: tuple[Block, ...]
 
     @classmethod
-    def of(cls, tensors: int) -> Network:
+    def of(cls, tensors: int, device: str = "cpu") -> Network:
         """As many tensors of 16 numbers, half of them in the head, half in one block."""
-        head, body = ([nn.Parameter(torch.randn(16)) for _ in range(tensors // 2)] for _ in range(2))
+        head, body = ([nn.Parameter(torch.randn(16, device=device)) for _ in range(tensors // 2)] for _ in range(2))
         return cls(head, (Block("body", (nn.ParameterList(body),)),))
 
     @property

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import gpu
 import measuring
 import phases
 import pytest
@@ -169,3 +170,50 @@ def test_each_script_runs(script: object, name: str, tmp_path: Path) -> None:
     ].keys()
     assert "## Targets" in (tmp_path / f"{name}.md").read_text()
     assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+
+
+def test_the_gpus_arms() -> None:
+    """What is timed on a GPU is measured here, on the CPU: a row for each way, phase and arm, in the text as well."""
+    training = small()
+    ways = gpu.transitions(arms.Network.of(20), "cpu", 2)
+    assert list(ways) == list(gpu.WAYS)
+    rows = gpu.steps(training, "cpu", 2)
+    assert [(row["phase"], row["arm"]) for row in rows[:4]] == [
+        *(("before, 0 blocks", name) for name in (step_cost.REFERENCE, "late", "declared")),
+        ("between, 1 blocks", step_cost.REFERENCE),
+    ]
+    assert all(row["optimizer, ms"].repeats == 2 and row["optimizer, ms"].median > 0 for row in rows)
+    text = gpu.text_of(
+        {"20 tensors": ways}, {"small": rows}, {"Unet": [dict.fromkeys(("blocks", "planned", "kept", "peak"), 2)]}
+    )
+    assert [text.count(f"## {title}") for title in ("A transition", "A step", "Memory")] == [1, 1, 1]
+    assert text.count("| foreach |") == text.count("| fused |") == len(rows) // 2
+
+
+def test_a_machine_without_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The script for a GPU says in a line that there is none, and how it is tried."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(
+        SystemExit, match="`--device` must be one of this machine, got cuda; --quick --device cpu tries"
+    ):
+        gpu.main(["--quick"])
+
+
+@pytest.mark.parametrize(
+    ("words", "folder"),
+    [([], measuring.RESULTS), (["--quick"], Path("runs/quick")), (["--device", "cpu"], Path("runs/quick"))],
+)
+def test_a_look_overwrites_no_result(words: list[str], folder: Path) -> None:
+    """Only what was measured in full, on the device that the script is for, goes to the results."""
+    assert measuring.parse(None, words, device="cuda").output == folder
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of what smp imports
+def test_the_gpus_script_runs(tmp_path: Path) -> None:
+    """`--quick` on the CPU writes numbers and tables, and names the card that there is not."""
+    gpu.main(["--quick", "--device", "cpu", "--output", str(tmp_path)])
+    result = json.loads((tmp_path / "gpu.json").read_text())
+    assert result["versions"]["card"] == "none"
+    assert len(result["transitions"]) == 2
+    assert "![](gpu.png)" not in (tmp_path / "gpu.md").read_text()

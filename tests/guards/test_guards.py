@@ -354,20 +354,6 @@ def test_the_weights_are_in_the_state(cut: int, tmp_path: Path) -> None:
     assert fresh.reason == guard.reason
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_weights_are_kept_on_the_cpu() -> None:
-    """A model on the GPU is copied to the CPU and comes back to the GPU."""
-    net = Net().cuda()
-    guard = OverfitGuard(patience=4, model=net)
-    train(net, guard, LOSSES[:-1])
-    kept = [value for value in guard.state_dict()["weights"].values() if isinstance(value, torch.Tensor)]
-    assert {value.device.type for value in kept} == {"cpu"}
-    train(net, guard, [torch.tensor(LOSSES[-1], device="cuda")], first=5)  # type: ignore[list-item]  # a tensor will do
-    assert filled(net) == {1.0}
-    assert {p.device.type for p in net.parameters()} == {"cuda"}
-
-
 @pytest.mark.parametrize(
     "metric",
     [

@@ -373,8 +373,9 @@ class FirstStep(Watcher):
         if missing:
             warn(
                 f"no gradient reached {listed(missing, _SHOWN)} in the first step after unfreezing, so they do not "
-                "train: a branch that the loss does not use, or a frozen input of torch.utils.checkpoint, whose fix is "
-                "use_reentrant=False"
+                "train: a branch that the loss does not use, a frozen input of torch.utils.checkpoint, whose fix is "
+                "use_reentrant=False, or before torch 2.12 an old graph of torch.compile, whose fix is "
+                "torch.compiler.reset() after each transition"
             )
 
     def _has_gradients(self) -> bool:
