@@ -35,6 +35,13 @@ SCHEDULE = UnfreezeSchedule(
 Forward = Callable[[Tensor], Tensor]
 
 
+@pytest.fixture(autouse=True)
+def torchs_own_limit() -> Iterator[None]:
+    """timm's optimizers raise it for the whole process where they are imported."""
+    with config.patch(recompile_limit=8):
+        yield
+
+
 class Stages(nn.Module):
     """Stages of different widths, as an encoder's are, each with a norm that has running statistics."""
 

@@ -280,6 +280,7 @@ class Accumulation(Watcher):
     def after_step(self) -> None:
         """Note the gradients that it has used."""
         used = self._noted()
+        # All parameters are walked in the first step after a join, and where no witness has a gradient any more.
         if not any(used) or len(self._optimizer.param_groups) != self._groups:
             self._choose()
             used = self._noted()
