@@ -121,7 +121,10 @@ FIX = "pass the modules that train from the start, such as head=[model.fc]"
         (
             lambda net: adamw(net.parameters()),
             ValueError,
-            f"`head` must hold just the head, got AdamW with all parameters of the model; {FIX}",
+            (
+                f"`head` must hold just the head, got AdamW with all that trains of the model; {FIX}, and let "
+                "ProgressiveUnfreezer.from_model take the blocks out of the optimizer"
+            ),
         ),
         (
             lambda net: adamw(nn.Linear(1, 1).parameters()),
@@ -141,6 +144,45 @@ def test_what_is_no_head_is_refused(head: Callable[[Heads], Any], kind: type[Exc
     with pytest.raises(kind) as error:
         encoder_blocks(net, head=head(net))
     assert str(error.value) == text
+
+
+def with_fixed_tables(kind: str) -> nn.Module:
+    """A model with sin-cos tables: bare parameters, or embeddings, that are not trainable."""
+    if kind == "ViTMAE":
+        return transformers.ViTMAEModel(transformers.ViTMAEConfig(**VISION))  # type: ignore[no-any-return]
+    text = {"vocab_size": 30, "pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0, "d_model": 16}
+    layers = {
+        f"{part}_{key}": n for part in ("encoder", "decoder") for key, n in (("layers", 2), ("attention_heads", 2))
+    }
+    return transformers.MarianModel(transformers.MarianConfig(**text, **layers))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kind", ["ViTMAE", "Marian"])
+def test_an_optimizer_of_all_that_trains_holds_no_head(kind: str) -> None:
+    """Where tables of positions alone are left, which do not train, nothing is left for blocks."""
+    model = with_fixed_tables(kind)
+    optimizer = adamw(parameter for parameter in model.parameters() if parameter.requires_grad)
+    assert len(optimizer.param_groups[0]["params"]) < len(list(model.parameters()))
+    with pytest.raises(ValueError, match="with all that trains of the model"):
+        encoder_blocks(model, head=optimizer)
+
+
+def test_an_optimizer_beside_a_frozen_encoder_holds_the_head() -> None:
+    """An encoder that was frozen before is no table: all that trains is the head then."""
+    net = Heads()
+    net.stem.requires_grad_(requires_grad=False)
+    net.layers.requires_grad_(requires_grad=False)
+    assert members(encoder_blocks(net, head=adamw(p for p in net.parameters() if p.requires_grad))) == STAGES
+
+
+@pytest.mark.parametrize("head", [lambda vit: [vit], lambda vit: [vit.patch_embed, vit.blocks, vit.norm, vit.head]])
+def test_a_head_of_all_modules_leaves_no_encoder(head: Callable[[Any], Any]) -> None:
+    """A class token and a table of positions, which lie outside of all modules, are no encoder."""
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=24, depth=2, num_heads=2, num_classes=2)
+    with pytest.raises(
+        ValueError, match=r"^`head` must leave an encoder below the head, got VisionTransformer without one"
+    ):
+        encoder_blocks(vit, head=head(vit))
 
 
 def test_patterns_and_a_head_are_refused() -> None:
