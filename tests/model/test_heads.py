@@ -265,6 +265,10 @@ def with_token(head: str | None = None) -> nn.Module:
 KNOWN: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "dinov3": (with_token, r"^$"),
     "dinov3 backbone": (lambda: with_token("DINOv3ViTBackbone"), r"^$"),
+    "a former, which is no task": (
+        lambda: transformers.PoolFormerModel(transformers.PoolFormerConfig(hidden_sizes=[8, 8, 8, 8], depths=[1] * 4)),
+        r"^$",
+    ),
     "alexnet": (torchvision.models.alexnet, r"^classifier\.6\."),
     "alexnet with a new last layer": (lambda: replaced(torchvision.models.alexnet()), r"^classifier\.6\."),
     "two classifiers": (lambda: timm.create_model("deit_tiny_distilled_patch16_224", img_size=64, depth=2), r"^head"),

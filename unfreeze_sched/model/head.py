@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -140,6 +141,21 @@ def known_encoder(model: nn.Module) -> Encoder:
             raise ValueError(_question(node, name, inside))
 
 
+def refuse_inner_head(model: nn.Module, traced: Trace) -> None:
+    """Refuse a task model of transformers beside whose base model nothing runs: its head lies within, unnamed.
+
+    Raises:
+        ValueError: There is one.
+    """
+    for name, node in walk(model):
+        beside = dict(children(node))
+        base = beside.pop(str(getattr(node, "base_model_prefix", None)), None)
+        if not _is_task_model(node) or base is None or _root(base) != "transformers":
+            continue
+        if traced.runs.keys().isdisjoint(beside.values()):
+            raise ValueError(_question(node, name, {str(node.base_model_prefix): base}))
+
+
 def _encoder_key(inside: Mapping[str, nn.Module], base: str | None) -> str | None:
     """The child that its name says is the encoder; in transformers, `encoder` without a decoder is a middle part."""
     if "backbone" in inside:
@@ -159,6 +175,11 @@ def _root(module: nn.Module) -> str:
     return type(module).__module__.split(".")[0]
 
 
+def _is_task_model(module: nn.Module) -> bool:
+    """Whether transformers named it for a task, as in `BertForMaskedLM`; a `RoFormerModel` is none."""
+    return _root(module) == "transformers" and re.search("For[A-Z]", type(module).__name__) is not None
+
+
 def _library_head(node: nn.Module, inside: Mapping[str, nn.Module], *, is_base: bool) -> set[nn.Parameter] | None:
     """The head inside of a library's model; `None` where no library says what it is."""
     root, path = _root(node), type(node).__module__
@@ -174,7 +195,7 @@ def _library_head(node: nn.Module, inside: Mapping[str, nn.Module], *, is_base: 
     if root == "transformers" and isinstance(getattr(node, "base_model_prefix", None), str):
         modalities = getattr(node, "input_modalities", "")
         towers = not is_base and not isinstance(modalities, str) and len(modalities) > 1
-        whole = "For" not in type(node).__name__ and not towers and not {"backbone", "decoder"} & inside.keys()
+        whole = not _is_task_model(node) and not towers and not {"backbone", "decoder"} & inside.keys()
         return set() if whole else None
     return None
 
