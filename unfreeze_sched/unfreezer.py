@@ -37,7 +37,8 @@ class ProgressiveUnfreezer:
     optimizer's groups and the LR schedulers' rows. It needs no earlier call.
 
     Args:
-        blocks: The encoder's blocks, shallow to deep.
+        blocks: The encoder's blocks, shallow to deep. One that is frozen already is the schedule's too, and the log
+            says so at the first `apply`; what is to stay frozen is left out.
         optimizer: The live optimizer; it holds the head's parameters, and none of the blocks'.
         schedule: Its `total_blocks` is the number of blocks.
         lr_schedulers: All the LR schedulers of the optimizer; None says that there is none.
@@ -310,6 +311,7 @@ class ProgressiveUnfreezer:
     def _bring_to(self, number: int, reached: int) -> GroupChange:
         """Unfreeze the deepest `number` blocks and freeze the others; the deepest `reached` blocks get a group."""
         visited = self._to_visit(number, reached)
+        frozen = [] if self._applied else [block.name for block in self.blocks if block.is_frozen()]
         shallowest = len(self.blocks) - number  # index of the first block that is to train
         flipped: dict[int, list[nn.Parameter]] = {index: [] for index in visited}
         with_gradient: list[nn.Parameter] = []
@@ -331,6 +333,8 @@ class ProgressiveUnfreezer:
                 hold_in_eval(self._norms[index])
             else:
                 release(self._norms[index])
+        if frozen:
+            log.info("found frozen as a whole, and the schedule's to unfreeze: %s", ", ".join(frozen))
         groups = self.rebuilder.optimizer.param_groups
         self._applied, self._seen_groups, self._seen_length = (number, reached), groups, len(groups)
         self._has_changed, self._unapplied = True, None

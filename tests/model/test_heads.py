@@ -530,6 +530,20 @@ def test_a_user_may_hold_a_part_fixed() -> None:
     assert members(encoder_blocks(twin, head=[twin.age, twin.sex]))[1:] == STAGES[1:]
 
 
+def test_a_frozen_feature_encoder_stays_frozen() -> None:
+    """What `freeze_feature_encoder` froze is a part of the first block, and so in none."""
+    config = transformers.Wav2Vec2Config(
+        vocab_size=20, conv_dim=[8] * 7, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, **SIZES
+    )
+    model = transformers.Wav2Vec2ForCTC(config)
+    example = torch.zeros(2, 4000)
+    assert "wav2vec2.feature_extractor" in encoder_blocks(model, example_input=example)[0].member_names
+    model.freeze_feature_encoder()
+    blocks = encoder_blocks(model, example_input=example)
+    assert [block.name for block in blocks] == [f"encoder.layers.{i}" for i in range(3)]
+    assert not any("feature_extractor" in name for name in names(blocks))
+
+
 def test_a_block_frozen_as_a_whole_is_kept() -> None:
     """The schedule's own freezing looks like that."""
     net = Heads()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import logging
 from typing import Any
 
 import pytest
@@ -212,6 +213,30 @@ def test_the_first_call_freezes() -> None:
     assert [m.training for m in net.modules() if isinstance(m, nn.LayerNorm)] == [False] * 3
     unfreezer.apply(1)
     assert [m.training for m in net.modules() if isinstance(m, nn.LayerNorm)] == [False, False, True]
+
+
+def test_blocks_that_were_frozen_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    """The first call, or a load before it, says which blocks were frozen as a whole, whoever froze them; and once."""
+    text = "found frozen as a whole, and the schedule's to unfreeze: "
+
+    def found() -> list[str]:
+        messages = [message for message in caplog.messages if "found" in message]
+        caplog.clear()
+        return messages
+
+    with caplog.at_level(logging.INFO, "unfreeze_sched"):
+        net, _, unfreezer = make()
+        net.blocks[0].requires_grad_(False)
+        net.blocks[1][0].requires_grad_(False)  # in part
+        for epoch in (0, 0, 1, 7, 3):
+            unfreezer.apply(epoch)
+        assert found() == [text + "block0"]
+        again = ProgressiveUnfreezer(net.make_blocks(), torch.optim.AdamW(net.head.parameters()), RATE)
+        again.load_state_dict(unfreezer.state_dict())
+        again.apply(4)
+        assert found() == [text + "block0"]  # which the schedule froze
+        make()[2].apply(0)
+        assert found() == []
 
 
 def test_norms_can_be_left_alone() -> None:

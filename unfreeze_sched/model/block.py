@@ -88,6 +88,10 @@ class Block:
         for _, parameter in self.named_parameters():
             yield parameter
 
+    def is_frozen(self) -> bool:
+        """Whether none of its parameters is trainable."""
+        return not any(parameter.requires_grad for parameter in self.parameters())
+
     def modules(self) -> Iterator[nn.Module]:
         """Each module of the block, submodules included; none for bare parameters."""
         for member in self.members:
