@@ -16,7 +16,7 @@ from unfreeze_sched._checks import as_count, as_state, differences, listed, one_
 from unfreeze_sched.guards import Cap, checked_caps
 from unfreeze_sched.history import History, Transition
 from unfreeze_sched.model import Block
-from unfreeze_sched.model.block import validate_blocks
+from unfreeze_sched.model.block import gone, validate_blocks
 from unfreeze_sched.model.freezing import Norms, hold_in_eval, norms_of, release, set_requires_grad
 from unfreeze_sched.optimizer import GroupChange, OptimizerRebuilder, admission
 from unfreeze_sched.optimizer.groups import innermost, take_out, why_no_rate
@@ -186,7 +186,8 @@ class ProgressiveUnfreezer:
 
         Raises:
             TypeError: An argument of the wrong type.
-            ValueError: An argument out of range, or an optimizer with a group of blocks alone at a rate of its own.
+            ValueError: An argument out of range, blocks that are no parts of the model, or an optimizer with a group of
+                blocks alone at a rate of its own.
 
         Warns:
             UserWarning: Parameters are trainable and in neither a block nor the optimizer.
@@ -202,7 +203,9 @@ class ProgressiveUnfreezer:
             >>> unfreezer.apply(10).added
             ('first/weight', 'first/bias')
         """
-        from unfreeze_sched.model import encoder_blocks  # noqa: PLC0415  # loads the tracer, which the rest needs not
+        # They load the tracer, which the rest needs not.
+        from unfreeze_sched.model import encoder_blocks  # noqa: PLC0415
+        from unfreeze_sched.model.tracing import unwrap  # noqa: PLC0415
 
         if not isinstance(model, nn.Module):
             raise TypeError(f"`model` must be an nn.Module, got {type(model).__name__}; pass the bare model")
@@ -215,7 +218,7 @@ class ProgressiveUnfreezer:
         )
         if blocks is not None and head is not None:
             raise ValueError("`head` must be left out where blocks are given, got both; what is in no block is head")
-        blocks = encoder_blocks(model, head=head) if blocks is None else validate_blocks(blocks)
+        blocks = encoder_blocks(model, head=head) if blocks is None else _parts_of(unwrap(model), blocks)
         unfreezer = cls.taking_out(
             blocks,
             optimizer,
@@ -277,7 +280,7 @@ class ProgressiveUnfreezer:
         Raises:
             TypeError: `epoch` is no integer.
             ValueError: `epoch` is negative, or the change is refused; then nothing has changed.
-            RuntimeError: The model no longer holds a block's parameter, the optimizer not the template's group, or an
+            RuntimeError: The model no longer holds a part of a block, the optimizer not the template's group, or an
                 accumulation is not over; likewise.
         """
         with _ONE_AT_A_TIME:
@@ -463,6 +466,16 @@ class ProgressiveUnfreezer:
             block.name: {name: list(parameter.shape) for subset in subsets for name, parameter in subset.named}
             for block, subsets in zip(self.blocks, self.rebuilder.subsets, strict=True)
         }
+
+
+def _parts_of(model: nn.Module, blocks: Iterable[Block]) -> tuple[Block, ...]:
+    """Blocks that know the model."""
+    blocks = tuple(block.within(model) for block in validate_blocks(blocks))
+    if names := gone(blocks):
+        raise ValueError(
+            f"`blocks` must be parts of the model, got {listed(names)}, which is not in it; make them from this model"
+        )
+    return blocks
 
 
 _Number = Annotated[int, Field(strict=True, ge=0)]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
@@ -24,6 +25,10 @@ class Block:
         members: Modules and parameters, in any number, at least one parameter in all; one may stand alone.
         member_names: Qualified names of the members in the model, one each, or nothing where the model is not known.
 
+    Attributes:
+        root: The model that the members are parts of; None where it is not known, as it is by `encoder_blocks` and by
+            `ProgressiveUnfreezer.from_model`. Without it nobody can tell that a member was replaced in the model.
+
     Raises:
         TypeError: `name` is no string, or a member neither a module nor a parameter.
         ValueError: `name` is empty, no parameter is there, or the two tuples differ in length.
@@ -37,6 +42,7 @@ class Block:
     name: str
     members: tuple[nn.Module | nn.Parameter, ...]
     member_names: tuple[str, ...]
+    root: nn.Module | None = field(default=None, repr=False)
 
     def __init__(
         self,
@@ -104,12 +110,41 @@ class Block:
             if isinstance(member, nn.Module):
                 yield from ((prefix + name + "." * bool(name), module) for name, module in member.named_modules())
 
+    def within(self, root: nn.Module) -> Block:
+        """The same block, which knows the model that its members are parts of."""
+        block = copy.copy(self)
+        object.__setattr__(block, "root", root)
+        return block
+
     def _prefixes(self) -> tuple[str, ...]:
         if self.member_names:
             return tuple(f"{name}." if name else "" for name in self.member_names)
         if len(self.members) == 1 and isinstance(self.members[0], nn.Module):
             return (f"{self.name}/",)
         return tuple(f"{self.name}/{index}." for index in range(len(self.members)))
+
+
+def gone(blocks: Iterable[Block]) -> list[str]:
+    """The names of members that the blocks' model, where it is known, does not hold, be it within a wrapper.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        >>> blocks = [Block("first", model[0], ["0"]).within(model)]
+        >>> model[0] = nn.Sequential(model[0], nn.ReLU())
+        >>> gone(blocks)
+        []
+        >>> model[0] = nn.Linear(2, 2)
+        >>> gone(blocks)
+        ['0']
+    """
+    known = [(block.root, block) for block in blocks if block.root is not None]
+    held = {root: {*root.modules(), *root.parameters()} for root in dict(known)}
+    return [
+        prefix.rstrip("./")
+        for root, block in known
+        for prefix, member in zip(block._prefixes(), block.members, strict=True)  # noqa: SLF001  # its own module
+        if member not in held[root]
+    ]
 
 
 def validate_blocks(blocks: Iterable[Block]) -> tuple[Block, ...]:

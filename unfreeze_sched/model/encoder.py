@@ -98,14 +98,18 @@ def encoder_blocks(
         )
     if patterns is None:
         stated = None if head is None else stated_head(model, names, head)
-        return validate_blocks(divided(unwrap(model), stated, example_input))
+        return _in_place(model, divided(unwrap(model), stated, example_input))
     if head is not None:
         raise ValueError("`head` must be left out where patterns are given, got both; what no pattern matches is head")
     if example_input is not None:
         raise ValueError(
             "`example_input` must be left out where patterns are given, got both; patterns need no forward pass"
         )
-    return validate_blocks(_by_patterns(model, names, patterns))
+    return _in_place(model, _by_patterns(model, names, patterns))
+
+
+def _in_place(model: nn.Module, blocks: Iterable[Block]) -> tuple[Block, ...]:
+    return tuple(block.within(unwrap(model)) for block in validate_blocks(blocks))
 
 
 def _parameter_names(model: nn.Module) -> dict[nn.Parameter, str]:

@@ -288,7 +288,7 @@ def refuse_replaced(names: Sequence[str]) -> None:
     """Refuse blocks in which other modules lie now: what is trained and held in evaluation would be the old ones."""
     if names:
         raise RuntimeError(
-            f"`blocks` must hold the modules that they were given with, got {listed(names)} replaced (as by assigning "
+            f"`blocks` must hold the parts that they were given with, got {listed(names)} replaced (as by assigning "
             "a layer, convert_sync_batchnorm or quantization); make optimizer, blocks and unfreezer after that"
         )
 
