@@ -17,7 +17,15 @@ from unfreeze_sched.guards import Cap, checked_caps
 from unfreeze_sched.history import History, Transition
 from unfreeze_sched.model import Block
 from unfreeze_sched.model.block import gone, validate_blocks
-from unfreeze_sched.model.freezing import Norms, hold_in_eval, norms_of, release, set_requires_grad
+from unfreeze_sched.model.freezing import (
+    Norms,
+    drop_gradients,
+    hold_in_eval,
+    norms_of,
+    release,
+    set_requires_grad,
+    with_fixed_norms,
+)
 from unfreeze_sched.optimizer import GroupChange, OptimizerRebuilder, admission
 from unfreeze_sched.optimizer.groups import innermost, take_out, why_no_rate
 from unfreeze_sched.optimizer.rebuilder import UNCHANGED, Membership, OnRefreeze, Scale
@@ -37,8 +45,8 @@ class ProgressiveUnfreezer:
     optimizer's groups and the LR schedulers' rows. It needs no earlier call.
 
     Args:
-        blocks: The encoder's blocks, shallow to deep. One that is frozen already is the schedule's too, and the log
-            says so at the first `apply`; what is to stay frozen is left out.
+        blocks: The encoder's blocks, shallow to deep. One that is frozen when this is made is the schedule's
+            too, and the log says so at the first `apply`; what is to stay frozen is left out.
         optimizer: The live optimizer; it holds the head's parameters, and none of the blocks'.
         schedule: Its `total_blocks` is the number of blocks.
         lr_schedulers: All the LR schedulers of the optimizer; None says that there is none.
@@ -51,7 +59,9 @@ class ProgressiveUnfreezer:
         warmup_steps: At least 0.
         norms: `"eval"` holds the norm layers of frozen blocks in evaluation mode, even after `model.train()`;
             `"frozen"` holds them there after their block joined, too, so that the pretrained statistics stay, which
-            suits small batches; `"train"` leaves their mode alone.
+            suits small batches; `"fixed"` also keeps the weights and biases of batch norms (and of what else has
+            running statistics) out of training and optimizer, while those of LayerNorm and its like train with their
+            block; `"train"` leaves their mode alone.
         probe: `"ranks"`, `"local"` or `"off"`, as for `OptimizerRebuilder`.
         caps: Guards and triggers, such as `unfreeze_sched.guards.OverfitGuard`: no more blocks are unfrozen than the
             schedule and each cap allow.
@@ -109,6 +119,8 @@ class ProgressiveUnfreezer:
                 f"`schedule` must be for the {len(blocks)} blocks given, got total_blocks={schedule.total_blocks}; "
                 "pass total_blocks=len(blocks)"
             )
+        if norms == "fixed":
+            blocks = with_fixed_norms(validate_blocks(blocks))
         scale = schedule.preset.learning_rate_scale if learning_rate_scale is None else learning_rate_scale
         self.rebuilder = OptimizerRebuilder(
             optimizer,
@@ -129,6 +141,7 @@ class ProgressiveUnfreezer:
                 "`learning_rate_scale` should be below 1, got 1: at the head's learning rate the encoder's pretrained "
                 "features are overwritten before the head can use them; pass 0.1"
             )
+        self._found_frozen = [block.name for block in self.blocks if block.is_frozen()]
         self._norms = tuple(norms_of(block) for block in self.blocks)
         self._applied: tuple[int, int] | None = None  # the numbers of blocks unfrozen, and reached
         self._seen_groups: list[dict[str, Any]] | None = None
@@ -314,7 +327,6 @@ class ProgressiveUnfreezer:
     def _bring_to(self, number: int, reached: int) -> GroupChange:
         """Unfreeze the deepest `number` blocks and freeze the others; the deepest `reached` blocks get a group."""
         visited = self._to_visit(number, reached)
-        frozen = [] if self._applied else [block.name for block in self.blocks if block.is_frozen()]
         shallowest = len(self.blocks) - number  # index of the first block that is to train
         flipped: dict[int, list[nn.Parameter]] = {index: [] for index in visited}
         with_gradient: list[nn.Parameter] = []
@@ -332,12 +344,12 @@ class ProgressiveUnfreezer:
         for parameter in with_gradient:
             parameter.grad = None  # a step would still apply it, and clipping count it
         for index in visited:
-            if self.norms == "frozen" or (self.norms == "eval" and index < shallowest):
+            if self.norms in {"frozen", "fixed"} or (self.norms == "eval" and index < shallowest):
                 hold_in_eval(self._norms[index])
             else:
                 release(self._norms[index])
-        if frozen:
-            log.info("found frozen as a whole, and the schedule's to unfreeze: %s", ", ".join(frozen))
+            if self.norms == "fixed":
+                drop_gradients(set_requires_grad(self.blocks[index].fixed, requires_grad=False, flipped=[]))
         groups = self.rebuilder.optimizer.param_groups
         self._applied, self._seen_groups, self._seen_length = (number, reached), groups, len(groups)
         self._has_changed, self._unapplied = True, None
@@ -357,6 +369,9 @@ class ProgressiveUnfreezer:
 
     def _record(self, epoch: int, number: int, scheduled: int) -> None:
         """Note a change of the number, and the moment at which a cap begins to hold blocks back."""
+        if self._found_frozen:
+            log.info("found frozen as a whole, and the schedule's to unfreeze: %s", ", ".join(self._found_frozen))
+            self._found_frozen = []
         last = self.history.last
         binding = next((cap for cap in self.caps if cap.cap == number < scheduled), None)
         holder = "" if binding is None else type(binding).__name__

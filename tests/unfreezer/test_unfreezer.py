@@ -216,7 +216,7 @@ def test_the_first_call_freezes() -> None:
 
 
 def test_blocks_that_were_frozen_are_named(caplog: pytest.LogCaptureFixture) -> None:
-    """The first call, or a load before it, says which blocks were frozen as a whole, whoever froze them; and once."""
+    """The first call says which blocks were frozen as a whole when it was made, whoever froze them; and once."""
     text = "found frozen as a whole, and the schedule's to unfreeze: "
 
     def found() -> list[str]:
@@ -225,9 +225,10 @@ def test_blocks_that_were_frozen_are_named(caplog: pytest.LogCaptureFixture) -> 
         return messages
 
     with caplog.at_level(logging.INFO, "unfreeze_sched"):
-        net, _, unfreezer = make()
+        net = Net(3)
         net.blocks[0].requires_grad_(False)
         net.blocks[1][0].requires_grad_(False)  # in part
+        unfreezer = ProgressiveUnfreezer(net.make_blocks(), torch.optim.AdamW(net.head.parameters()), RATE)
         for epoch in (0, 0, 1, 7, 3):
             unfreezer.apply(epoch)
         assert found() == [text + "block0"]
@@ -311,7 +312,7 @@ def test_nothing_to_do_is_cheap_at_any_size() -> None:
     [
         ({"schedule": [0, 1]}, TypeError, r"`schedule` must be an UnfreezeSchedule, got list; make one"),
         ({"schedule": RATE.replace(total_blocks=2)}, ValueError, r"`schedule` must be for the 3 blocks given, got total_blocks=2; pass"),
-        ({"norms": "cold"}, ValueError, r"`norms` must be one of eval, frozen, train, got 'cold'; 'eval' is the default"),
+        ({"norms": "cold"}, ValueError, r"`norms` must be one of eval, frozen, fixed, train, got 'cold'; 'eval' is the default"),
     ],
 )  # fmt: skip
 def test_wrong_arguments(keywords: Any, error: type[Exception], message: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
@@ -28,6 +29,7 @@ class Block:
     Attributes:
         root: The model that the members are parts of; None where it is not known, as it is by `encoder_blocks` and by
             `ProgressiveUnfreezer.from_model`. Without it nobody can tell that a member was replaced in the model.
+        fixed: Parameters of the members that never train; none of those that the block lists.
 
     Raises:
         TypeError: `name` is no string, or a member neither a module nor a parameter.
@@ -43,6 +45,7 @@ class Block:
     members: tuple[nn.Module | nn.Parameter, ...]
     member_names: tuple[str, ...]
     root: nn.Module | None = field(default=None, repr=False)
+    fixed: frozenset[nn.Parameter] = field(default=frozenset(), repr=False)
 
     def __init__(
         self,
@@ -78,6 +81,10 @@ class Block:
 
     def named_parameters(self) -> Iterator[Named]:
         """Each parameter once, with its qualified name where it is known, else `block/name`."""
+        return (named for named in self.all_parameters() if named[1] not in self.fixed)
+
+    def all_parameters(self) -> Iterator[Named]:
+        """The same, with those that are held fixed."""
         seen: set[int] = set()
         for prefix, member in zip(self._prefixes(), self.members, strict=True):
             if isinstance(member, nn.Parameter):
@@ -112,8 +119,15 @@ class Block:
 
     def within(self, root: nn.Module) -> Block:
         """The same block, which knows the model that its members are parts of."""
+        return self._changed("root", root)
+
+    def holding(self, fixed: Iterable[nn.Parameter]) -> Block:
+        """The same block, with some of its parameters held fixed."""
+        return self._changed("fixed", frozenset(fixed))
+
+    def _changed(self, name: str, value: Any) -> Block:
         block = copy.copy(self)
-        object.__setattr__(block, "root", root)
+        object.__setattr__(block, name, value)
         return block
 
     def _prefixes(self) -> tuple[str, ...]:

@@ -190,7 +190,7 @@ def refuse_members(optimizer: Optimizer, blocks: Iterable[Block]) -> None:
     Raises:
         ValueError: There is one, or a group under a block's name holds something else.
     """
-    homes = {id(parameter): (name, block.name) for block in blocks for name, parameter in block.named_parameters()}
+    homes = {id(parameter): (name, block.name) for block in blocks for name, parameter in block.all_parameters()}
     names = {name for _, name in homes.values()}
     strangers = [
         homes[id(parameter)][0]
