@@ -109,10 +109,10 @@ _FLAGS = {
         "norms",
         "norms",
         {
-            "choices": ["eval", "frozen", "train"],
+            "choices": ["eval", "frozen", "fixed", "train"],
             "metavar": "MODE",
-            "help": "norm layers: in evaluation while their block is frozen (eval, the default), for good (frozen), or "
-            "never (train)",
+            "help": "norm layers: in evaluation while their block is frozen (eval, the default), for good (frozen), "
+            "for good and batch norms' weights untrained (fixed), or never (train)",
         },
     ),
     "unfreeze_on_refreeze": _Flag(

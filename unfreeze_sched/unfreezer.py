@@ -16,8 +16,16 @@ from unfreeze_sched._checks import as_count, as_state, differences, listed, one_
 from unfreeze_sched.guards import Cap, checked_caps
 from unfreeze_sched.history import History, Transition
 from unfreeze_sched.model import Block
-from unfreeze_sched.model.block import validate_blocks
-from unfreeze_sched.model.freezing import Norms, hold_in_eval, norms_of, release, set_requires_grad
+from unfreeze_sched.model.block import gone, validate_blocks
+from unfreeze_sched.model.freezing import (
+    Norms,
+    drop_gradients,
+    hold_in_eval,
+    norms_of,
+    release,
+    set_requires_grad,
+    with_fixed_norms,
+)
 from unfreeze_sched.optimizer import GroupChange, OptimizerRebuilder, admission
 from unfreeze_sched.optimizer.groups import innermost, take_out, why_no_rate
 from unfreeze_sched.optimizer.rebuilder import UNCHANGED, Membership, OnRefreeze, Scale
@@ -37,7 +45,8 @@ class ProgressiveUnfreezer:
     optimizer's groups and the LR schedulers' rows. It needs no earlier call.
 
     Args:
-        blocks: The encoder's blocks, shallow to deep.
+        blocks: The encoder's blocks, shallow to deep. One that is frozen when this is made is the schedule's
+            too, and the log says so at the first `apply`; what is to stay frozen is left out.
         optimizer: The live optimizer; it holds the head's parameters, and none of the blocks'.
         schedule: Its `total_blocks` is the number of blocks.
         lr_schedulers: All the LR schedulers of the optimizer; None says that there is none.
@@ -50,7 +59,9 @@ class ProgressiveUnfreezer:
         warmup_steps: At least 0.
         norms: `"eval"` holds the norm layers of frozen blocks in evaluation mode, even after `model.train()`;
             `"frozen"` holds them there after their block joined, too, so that the pretrained statistics stay, which
-            suits small batches; `"train"` leaves their mode alone.
+            suits small batches; `"fixed"` also keeps the weights and biases of batch norms (and of what else has
+            running statistics) out of training and optimizer, while those of LayerNorm and its like train with their
+            block; `"train"` leaves their mode alone.
         probe: `"ranks"`, `"local"` or `"off"`, as for `OptimizerRebuilder`.
         caps: Guards and triggers, such as `unfreeze_sched.guards.OverfitGuard`: no more blocks are unfrozen than the
             schedule and each cap allow.
@@ -108,6 +119,8 @@ class ProgressiveUnfreezer:
                 f"`schedule` must be for the {len(blocks)} blocks given, got total_blocks={schedule.total_blocks}; "
                 "pass total_blocks=len(blocks)"
             )
+        if norms == "fixed":
+            blocks = with_fixed_norms(validate_blocks(blocks))
         scale = schedule.preset.learning_rate_scale if learning_rate_scale is None else learning_rate_scale
         self.rebuilder = OptimizerRebuilder(
             optimizer,
@@ -128,6 +141,7 @@ class ProgressiveUnfreezer:
                 "`learning_rate_scale` should be below 1, got 1: at the head's learning rate the encoder's pretrained "
                 "features are overwritten before the head can use them; pass 0.1"
             )
+        self._found_frozen = [block.name for block in self.blocks if block.is_frozen()]
         self._norms = tuple(norms_of(block) for block in self.blocks)
         self._applied: tuple[int, int] | None = None  # the numbers of blocks unfrozen, and reached
         self._seen_groups: list[dict[str, Any]] | None = None
@@ -185,7 +199,8 @@ class ProgressiveUnfreezer:
 
         Raises:
             TypeError: An argument of the wrong type.
-            ValueError: An argument out of range, or an optimizer with a group of blocks alone at a rate of its own.
+            ValueError: An argument out of range, blocks that are no parts of the model, or an optimizer with a group of
+                blocks alone at a rate of its own.
 
         Warns:
             UserWarning: Parameters are trainable and in neither a block nor the optimizer.
@@ -201,7 +216,9 @@ class ProgressiveUnfreezer:
             >>> unfreezer.apply(10).added
             ('first/weight', 'first/bias')
         """
-        from unfreeze_sched.model import encoder_blocks  # noqa: PLC0415  # loads the tracer, which the rest needs not
+        # They load the tracer, which the rest needs not.
+        from unfreeze_sched.model import encoder_blocks  # noqa: PLC0415
+        from unfreeze_sched.model.tracing import unwrap  # noqa: PLC0415
 
         if not isinstance(model, nn.Module):
             raise TypeError(f"`model` must be an nn.Module, got {type(model).__name__}; pass the bare model")
@@ -214,7 +231,7 @@ class ProgressiveUnfreezer:
         )
         if blocks is not None and head is not None:
             raise ValueError("`head` must be left out where blocks are given, got both; what is in no block is head")
-        blocks = encoder_blocks(model, head=head) if blocks is None else validate_blocks(blocks)
+        blocks = encoder_blocks(model, head=head) if blocks is None else _parts_of(unwrap(model), blocks)
         unfreezer = cls.taking_out(
             blocks,
             optimizer,
@@ -276,7 +293,7 @@ class ProgressiveUnfreezer:
         Raises:
             TypeError: `epoch` is no integer.
             ValueError: `epoch` is negative, or the change is refused; then nothing has changed.
-            RuntimeError: The model no longer holds a block's parameter, the optimizer not the template's group, or an
+            RuntimeError: The model no longer holds a part of a block, the optimizer not the template's group, or an
                 accumulation is not over; likewise.
         """
         with _ONE_AT_A_TIME:
@@ -327,10 +344,12 @@ class ProgressiveUnfreezer:
         for parameter in with_gradient:
             parameter.grad = None  # a step would still apply it, and clipping count it
         for index in visited:
-            if self.norms == "frozen" or (self.norms == "eval" and index < shallowest):
+            if self.norms in {"frozen", "fixed"} or (self.norms == "eval" and index < shallowest):
                 hold_in_eval(self._norms[index])
             else:
                 release(self._norms[index])
+            if self.norms == "fixed":
+                drop_gradients(set_requires_grad(self.blocks[index].fixed, requires_grad=False, flipped=[]))
         groups = self.rebuilder.optimizer.param_groups
         self._applied, self._seen_groups, self._seen_length = (number, reached), groups, len(groups)
         self._has_changed, self._unapplied = True, None
@@ -350,6 +369,9 @@ class ProgressiveUnfreezer:
 
     def _record(self, epoch: int, number: int, scheduled: int) -> None:
         """Note a change of the number, and the moment at which a cap begins to hold blocks back."""
+        if self._found_frozen:
+            log.info("found frozen as a whole, and the schedule's to unfreeze: %s", ", ".join(self._found_frozen))
+            self._found_frozen = []
         last = self.history.last
         binding = next((cap for cap in self.caps if cap.cap == number < scheduled), None)
         holder = "" if binding is None else type(binding).__name__
@@ -459,6 +481,16 @@ class ProgressiveUnfreezer:
             block.name: {name: list(parameter.shape) for subset in subsets for name, parameter in subset.named}
             for block, subsets in zip(self.blocks, self.rebuilder.subsets, strict=True)
         }
+
+
+def _parts_of(model: nn.Module, blocks: Iterable[Block]) -> tuple[Block, ...]:
+    """Blocks that know the model."""
+    blocks = tuple(block.within(model) for block in validate_blocks(blocks))
+    if names := gone(blocks):
+        raise ValueError(
+            f"`blocks` must be parts of the model, got {listed(names)}, which is not in it; make them from this model"
+        )
+    return blocks
 
 
 _Number = Annotated[int, Field(strict=True, ge=0)]

@@ -244,6 +244,126 @@ TRANSFORMERS: dict[str, tuple[int, Callable[[], Case]]] = {
         ),
     ),
 }
+LAYERS = {"encoder_layers": 2, "decoder_layers": 3, "num_attention_heads": 2}
+WIDE = {**dict.fromkeys(("feature_size", "mask_feature_size", "hidden_dim"), 32), **LAYERS}
+TEXT = {"vocab_size": 50, "max_position_embeddings": 20, "bos_token_id": 1, "eos_token_id": 2, **HIDDEN}
+PIXELS64 = {"pixel_values": torch.zeros(2, 3, 64, 64)}
+BOTH = {**IDS, "pixel_values": torch.zeros(2, 3, 32, 32)}
+
+
+class Parts(NamedTuple):
+    """A model of several parts, as a user fine-tunes it: what is its head, and the blocks below that."""
+
+    make: Callable[[], nn.Module]
+    inputs: dict[str, Tensor]
+    head: tuple[str, ...]
+    blocks: list[str]
+    known: int | None = None  # the number of blocks without a head, where that is known; else it is asked for
+
+
+def swin() -> Any:
+    sizes = {"embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2], "window_size": 2, "patch_size": 4}
+    return transformers.SwinConfig(image_size=64, out_features=[f"stage{i}" for i in range(1, 5)], **sizes)
+
+
+def maskformer() -> nn.Module:
+    wide = dict.fromkeys(("d_model", "encoder_ffn_dim", "decoder_ffn_dim"), 32)
+    detr = transformers.DetrConfig(**wide, encoder_layers=1, decoder_layers=2, decoder_attention_heads=2, num_queries=5)
+    config = transformers.MaskFormerConfig(
+        backbone_config=swin(), decoder_config=detr, fpn_feature_size=32, mask_feature_size=32
+    )
+    return transformers.MaskFormerForInstanceSegmentation(config)  # type: ignore[no-any-return]
+
+
+def mask2former() -> nn.Module:
+    config = transformers.Mask2FormerConfig(backbone_config=swin(), num_queries=5, **WIDE)
+    return transformers.Mask2FormerForUniversalSegmentation(config)  # type: ignore[no-any-return]
+
+
+def oneformer() -> nn.Module:
+    text = {"text_encoder_width": 16, "text_encoder_num_layers": 2, "task_seq_len": 8}
+    config = transformers.OneFormerConfig(
+        backbone_config=swin(), num_queries=5, conv_dim=32, mask_dim=32, hidden_dim=32, **LAYERS, **text
+    )
+    return transformers.OneFormerForUniversalSegmentation(config)  # type: ignore[no-any-return]
+
+
+def sam() -> nn.Module:
+    vision = {"hidden_size": 16, "output_channels": 8, "num_hidden_layers": 3, "num_attention_heads": 2}
+    image = {"image_size": 32, "patch_size": 8}
+    config = transformers.SamConfig(
+        vision_config={**vision, **image, "window_size": 2, "global_attn_indexes": [2], "num_pos_feats": 4},
+        prompt_encoder_config={"hidden_size": 8, "mask_input_channels": 4, **image},
+        mask_decoder_config={"hidden_size": 8, "mlp_dim": 16, "iou_head_hidden_dim": 8, "num_attention_heads": 2},
+    )
+    return transformers.SamModel(config)  # type: ignore[no-any-return]
+
+
+def towers(name: str) -> nn.Module:
+    """An image and a text tower."""
+    vision = {"image_size": 32, "patch_size": 8, **HIDDEN}
+    text = {**TEXT, "encoder_hidden_size": 16, "sep_token_id": 2, "pad_token_id": 0}
+    config = transformers.BlipConfig if name.startswith("Blip") else transformers.CLIPConfig
+    return getattr(transformers, name)(  # type: ignore[no-any-return]
+        config(text_config=text, vision_config=vision, projection_dim=8, image_text_hidden_size=8)
+    )
+
+
+PROJECTIONS = ("visual_projection", "text_projection", "logit_scale")
+BACKBONE = "model.pixel_level_module.encoder"
+ABOVE = ("model.pixel_level_module.decoder", "model.transformer_module")
+PARTS = {
+    "maskformer": Parts(
+        maskformer,
+        PIXELS64,
+        (*ABOVE, "class_predictor", "mask_embedder"),
+        [f"{BACKBONE}.model.encoder.layers.{i}" for i in range(4)],
+        known=6,  # and the two layers of its decoder: all of the base model
+    ),
+    "mask2former": Parts(
+        mask2former,
+        PIXELS64,
+        (*ABOVE, "class_predictor"),
+        [f"{BACKBONE}.swin.encoder.layers.{i}" for i in range(4)],
+        known=8,
+    ),
+    "oneformer": Parts(
+        oneformer,
+        {**PIXELS64, "task_inputs": torch.zeros(2, 8)},
+        (*ABOVE, "model.task_encoder"),
+        [f"{BACKBONE}.swin.encoder.layers.{i}" for i in range(4)],
+    ),
+    "sam": Parts(
+        sam,
+        {**PIXELS, "input_points": torch.zeros(1, 1, 1, 2)},
+        ("prompt_encoder", "mask_decoder"),
+        [f"vision_encoder.layers.{i}" for i in range(3)],
+    ),
+    "clip": Parts(
+        lambda: towers("CLIPModel"),
+        BOTH,
+        PROJECTIONS,
+        [f"{tower}_model.encoder.layers.{i}" for i in range(3) for tower in ("vision", "text")],
+    ),
+    "blip": Parts(
+        lambda: towers("BlipForImageTextRetrieval"),
+        BOTH,
+        ("itm_head", "vision_proj", "text_proj"),
+        [
+            *(f"vision_model.encoder.layers.{i}" for i in range(3)),
+            *(f"text_encoder.encoder.layer.{i}" for i in range(3)),
+        ],
+    ),
+    "blip captions": Parts(
+        lambda: towers("BlipForConditionalGeneration"),
+        BOTH,
+        ("text_decoder.cls",),
+        [
+            *(f"vision_model.encoder.layers.{i}" for i in range(3)),
+            *(f"text_decoder.bert.encoder.layer.{i}" for i in range(3)),
+        ],
+    ),
+}
 SPECIAL: dict[str, tuple[int, Callable[[], Case]]] = {
     # One stage fewer is used, and what is past it would be dead.
     "smp depth 3": (2, lambda: segmenter("resnet18", encoder_depth=3, decoder_channels=(16, 16, 16))),
@@ -333,6 +453,28 @@ def test_transformers_models(name: str) -> None:
     """A transformers model's blocks are the layers or stages of its base model."""
     blocks, make = TRANSFORMERS[name]
     check(make(), blocks)
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_models_of_several_parts(name: str) -> None:
+    """The head is known, or asked for by name; with it, the blocks are the stages of what is below it."""
+    model, inputs = PARTS[name].make(), PARTS[name].inputs
+    if PARTS[name].known is None:
+        with pytest.raises(
+            ValueError, match=r"^`head` must say what trains .* pass head=\[\.\.\.\] with all that is new"
+        ):
+            encoder_blocks(model, example_input=inputs)
+    else:
+        assert len(encoder_blocks(model)) == PARTS[name].known
+    parts = dict(model.named_modules()) | dict(model.named_parameters())
+    head = [parts[key] for key in PARTS[name].head]
+    blocks = encoder_blocks(model, head=head, example_input=inputs)
+    assert [block.name for block in blocks] == PARTS[name].blocks
+    above = {p for part in head for p in (part.parameters() if isinstance(part, nn.Module) else [part])}
+    found = faults(Case(model, set(model.parameters()) - above, inputs), blocks)
+    if name == "clip":  # two towers side by side, whose blocks are in the order of depth
+        found = [fault for fault in found if "begins before" not in fault]
+    assert found == []
 
 
 @pytest.mark.parametrize("name", SPECIAL)

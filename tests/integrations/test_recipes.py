@@ -96,7 +96,11 @@ def test_parameters_are_taken_out_in_place() -> None:
             "`total_epochs` must be an integer of at least 1, got 0; it is the number of epochs of the run, such as 50",
         ),
         ({"preset": "medium"}, TypeError, "`preset` must be a preset, got str; pass MEDIUM, or make a RatePreset"),
-        ({"norms": "odd"}, ValueError, "`norms` must be one of eval, frozen, train, got 'odd'; 'eval' is the default"),
+        (
+            {"norms": "odd"},
+            ValueError,
+            "`norms` must be one of eval, frozen, fixed, train, got 'odd'; 'eval' is the default",
+        ),
         (
             {"lr_schedulers": [torch.optim.lr_scheduler.StepLR(torch.optim.SGD([nn.Parameter(torch.ones(1))]), 1)]},
             ValueError,

@@ -482,6 +482,53 @@ def test_a_changed_model_does_not_pass_for_untouched() -> None:
     assert not same(before["requires_grad"], snapshot(model)["requires_grad"])
 
 
+def hidden_cache(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A decorator of a library's, which shows what it holds, itself included, by its closure alone."""
+    cached = functools.lru_cache(maxsize=1)(function)
+
+    def call(*args: Any) -> Any:
+        return cached(*args) if callable(call) else None
+
+    return call
+
+
+@functools.cache
+def scale_of(width: int) -> Tensor:
+    return torch.ones(width)
+
+
+class Caching(Pyramid):
+    """A model whose code keeps what it has computed for a shape, as the position embeddings of transformers do."""
+
+    @staticmethod
+    @hidden_cache
+    def positions(shape: torch.Size) -> Tensor:
+        return torch.zeros(shape)
+
+    @functools.lru_cache  # noqa: B019  # as people write it
+    def offset(self, width: int) -> Tensor:
+        return torch.zeros(width)
+
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x + self.positions(x.shape) + self.offset(x.shape[-1])) * scale_of(1)
+
+
+def test_no_cache_of_the_models_code_keeps_a_fake_tensor() -> None:
+    """Once blocks were found, a forward pass gives real numbers; what was cached before and not touched stays."""
+    other = scale_of(3)
+    model, before = Caching(), unrelated()
+    blocks = encoder_blocks(model, head=(), example_input=torch.zeros(2, 3, 8, 8))
+    assert names(blocks) == ["layer1", "layer2", "layer3"]
+    assert type(model(torch.zeros(2, 3, 8, 8))) is Tensor
+    assert unrelated() is before
+    assert scale_of(3) is not other  # the one cache is forgotten as a whole
+
+
+@functools.cache
+def unrelated() -> object:
+    return object()
+
+
 def test_no_memory_of_the_size_of_the_model_is_allocated() -> None:
     """Weights that claim 40 GB each, from one stored element, are passed through without a copy."""
     layers = [nn.Linear(4, 4, bias=False) for _ in range(3)]

@@ -121,7 +121,10 @@ FIX = "pass the modules that train from the start, such as head=[model.fc]"
         (
             lambda net: adamw(net.parameters()),
             ValueError,
-            f"`head` must hold just the head, got AdamW with all parameters of the model; {FIX}",
+            (
+                f"`head` must hold just the head, got AdamW with all that trains of the model; {FIX}, and let "
+                "ProgressiveUnfreezer.from_model take the blocks out of the optimizer"
+            ),
         ),
         (
             lambda net: adamw(nn.Linear(1, 1).parameters()),
@@ -141,6 +144,45 @@ def test_what_is_no_head_is_refused(head: Callable[[Heads], Any], kind: type[Exc
     with pytest.raises(kind) as error:
         encoder_blocks(net, head=head(net))
     assert str(error.value) == text
+
+
+def with_fixed_tables(kind: str) -> nn.Module:
+    """A model with sin-cos tables: bare parameters, or embeddings, that are not trainable."""
+    if kind == "ViTMAE":
+        return transformers.ViTMAEModel(transformers.ViTMAEConfig(**VISION))  # type: ignore[no-any-return]
+    text = {"vocab_size": 30, "pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0, "d_model": 16}
+    layers = {
+        f"{part}_{key}": n for part in ("encoder", "decoder") for key, n in (("layers", 2), ("attention_heads", 2))
+    }
+    return transformers.MarianModel(transformers.MarianConfig(**text, **layers))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kind", ["ViTMAE", "Marian"])
+def test_an_optimizer_of_all_that_trains_holds_no_head(kind: str) -> None:
+    """Where tables of positions alone are left, which do not train, nothing is left for blocks."""
+    model = with_fixed_tables(kind)
+    optimizer = adamw(parameter for parameter in model.parameters() if parameter.requires_grad)
+    assert len(optimizer.param_groups[0]["params"]) < len(list(model.parameters()))
+    with pytest.raises(ValueError, match="with all that trains of the model"):
+        encoder_blocks(model, head=optimizer)
+
+
+def test_an_optimizer_beside_a_frozen_encoder_holds_the_head() -> None:
+    """An encoder that was frozen before is no table: all that trains is the head then."""
+    net = Heads()
+    net.stem.requires_grad_(requires_grad=False)
+    net.layers.requires_grad_(requires_grad=False)
+    assert members(encoder_blocks(net, head=adamw(p for p in net.parameters() if p.requires_grad))) == STAGES
+
+
+@pytest.mark.parametrize("head", [lambda vit: [vit], lambda vit: [vit.patch_embed, vit.blocks, vit.norm, vit.head]])
+def test_a_head_of_all_modules_leaves_no_encoder(head: Callable[[Any], Any]) -> None:
+    """A class token and a table of positions, which lie outside of all modules, are no encoder."""
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=24, depth=2, num_heads=2, num_classes=2)
+    with pytest.raises(
+        ValueError, match=r"^`head` must leave an encoder below the head, got VisionTransformer without one"
+    ):
+        encoder_blocks(vit, head=head(vit))
 
 
 def test_patterns_and_a_head_are_refused() -> None:
@@ -223,6 +265,10 @@ def with_token(head: str | None = None) -> nn.Module:
 KNOWN: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "dinov3": (with_token, r"^$"),
     "dinov3 backbone": (lambda: with_token("DINOv3ViTBackbone"), r"^$"),
+    "a former, which is no task": (
+        lambda: transformers.PoolFormerModel(transformers.PoolFormerConfig(hidden_sizes=[8, 8, 8, 8], depths=[1] * 4)),
+        r"^$",
+    ),
     "alexnet": (torchvision.models.alexnet, r"^classifier\.6\."),
     "alexnet with a new last layer": (lambda: replaced(torchvision.models.alexnet()), r"^classifier\.6\."),
     "two classifiers": (lambda: timm.create_model("deit_tiny_distilled_patch16_224", img_size=64, depth=2), r"^head"),
@@ -261,10 +307,11 @@ def with_fc(fc: nn.Module) -> nn.Module:
 def test_known_heads(name: str) -> None:
     """Each parameter that the forward pass uses is in a block or in the head that its library states."""
     make, head = KNOWN[name]
-    model = make()
-    size = 32 if isinstance(model, transformers.PreTrainedModel) else 64
-    shape = (2, 3, 4, 32, 32) if name == "video" else (2, 3, size, size)
-    expected = {key for key in used(model, torch.randn(shape)) if not re.search(head, key)}
+    with torch.device("meta"):  # what gets a gradient takes no numbers, and these are large
+        model = make()
+        size = 32 if isinstance(model, transformers.PreTrainedModel) else 64
+        pixels = torch.zeros((2, 3, 4, 32, 32) if name == "video" else (2, 3, size, size))
+    expected = {key for key in used(model, pixels) if not re.search(head, key)}
     held = names(encoder_blocks(model))
     # What only training uses, such as a classifier beside the first, is in no block either.
     assert held == expected
@@ -482,6 +529,20 @@ def test_a_user_may_hold_a_part_fixed() -> None:
     net.stem.requires_grad_(requires_grad=True)  # given back by the user
     twin = copy.deepcopy(net)
     assert members(encoder_blocks(twin, head=[twin.age, twin.sex]))[1:] == STAGES[1:]
+
+
+def test_a_frozen_feature_encoder_stays_frozen() -> None:
+    """What `freeze_feature_encoder` froze is a part of the first block, and so in none."""
+    config = transformers.Wav2Vec2Config(
+        vocab_size=20, conv_dim=[8] * 7, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, **SIZES
+    )
+    model = transformers.Wav2Vec2ForCTC(config)
+    example = torch.zeros(2, 4000)
+    assert "wav2vec2.feature_extractor" in encoder_blocks(model, example_input=example)[0].member_names
+    model.freeze_feature_encoder()
+    blocks = encoder_blocks(model, example_input=example)
+    assert [block.name for block in blocks] == [f"encoder.layers.{i}" for i in range(3)]
+    assert not any("feature_extractor" in name for name in names(blocks))
 
 
 def test_a_block_frozen_as_a_whole_is_kept() -> None:

@@ -132,11 +132,21 @@ def test_activations_are_those_of_a_real_run(name: str) -> None:
     assert planned_run(name, size, schedule) == real_run(name, size, schedule)
 
 
-@pytest.mark.parametrize("norms", ["frozen", "train"])
+@pytest.mark.parametrize("norms", ["frozen", "fixed", "train"])
 def test_activations_follow_the_norms(norms: str) -> None:
     """The same for norms held in evaluation for good, and for norms left in training."""
     schedule = one_a_epoch(4)
     assert planned_run("resnet18", 64, schedule, norms) == real_run("resnet18", 64, schedule, norms)
+
+
+def test_fixed_norms_are_no_parameters_of_their_blocks() -> None:
+    """Nor of the head, and they are not unused; what trains is what a real run has in its optimizer."""
+    fixed, trained = (memory.measure("resnet18", (64, 64), 2, "sgd", norms) for norms in ("fixed", "eval"))
+    smp = pytest.importorskip("segmentation_models_pytorch")
+    encoder = smp.Unet("resnet18", encoder_weights=None).encoder
+    norms = sum(m.weight.numel() + m.bias.numel() for m in encoder.modules() if isinstance(m, nn.BatchNorm2d))
+    assert sum(trained.parameters) - sum(fixed.parameters) == norms > 0
+    assert fixed.encoder == trained.encoder
 
 
 def test_the_comparison_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from oracle import Net, Run, differences, twins
-from snippets import run, snippets
+from snippets import ROOT, run, snippets
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, parametrizations, parametrize, spectral_norm, weight_norm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
@@ -672,9 +672,39 @@ def test_the_guide_runs() -> None:
     """Each Python block of the guide runs as it stands, after the ones before it."""
     pytest.importorskip("peft")
     pytest.importorskip("timm")
+    pytest.importorskip("torchvision")
     blocks = snippets("loops.md")
     assert len(blocks) > 5
     torch.manual_seed(0)
     names: dict[str, Any] = {}
     for code in blocks:
         run(code, names)
+
+
+def guide_to(heading: str) -> dict[str, Any]:
+    """What the guide's first snippet and the one under a heading leave behind."""
+    first, *rest = snippets("loops.md")
+    (path,) = ROOT.rglob("loops.md")
+    section = path.read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
+    torch.manual_seed(0)
+    return run(next(code for code in rest if code in section), run(first, {}))
+
+
+def test_the_guide_counts_steps() -> None:
+    """Each block joins at its step, in the middle of an epoch, and no step is counted twice."""
+    pytest.importorskip("timm")
+    names = guide_to("Steps as the unit")
+    assert [(past.epoch, past.number) for past in names["unfreezer"].history] == [(0, 0), (4, 1), (7, 2)]
+    assert names["step"] == len(names["unfreezer"].schedule) == 12
+
+
+def test_the_guide_keeps_a_stem_frozen() -> None:
+    """The frozen stem is in no block and stays as it is to the end; the log has nothing to say of the others."""
+    pytest.importorskip("timm")
+    pytest.importorskip("torchvision")
+    names = guide_to("Parts that stay frozen")
+    assert [block.name for block in names["blocks"]] == ["layer2", "layer3", "layer4"]
+    names["unfreezer"].apply(3)
+    body = names["model"].backbone.body
+    assert not any(p.requires_grad for part in (body.conv1, body.layer1) for p in part.parameters())
+    assert all(p.requires_grad for part in (body.layer2, body.layer4) for p in part.parameters())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import logging
 from typing import Any
 
 import pytest
@@ -214,6 +215,31 @@ def test_the_first_call_freezes() -> None:
     assert [m.training for m in net.modules() if isinstance(m, nn.LayerNorm)] == [False, False, True]
 
 
+def test_blocks_that_were_frozen_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    """The first call says which blocks were frozen as a whole when it was made, whoever froze them; and once."""
+    text = "found frozen as a whole, and the schedule's to unfreeze: "
+
+    def found() -> list[str]:
+        messages = [message for message in caplog.messages if "found" in message]
+        caplog.clear()
+        return messages
+
+    with caplog.at_level(logging.INFO, "unfreeze_sched"):
+        net = Net(3)
+        net.blocks[0].requires_grad_(False)
+        net.blocks[1][0].requires_grad_(False)  # in part
+        unfreezer = ProgressiveUnfreezer(net.make_blocks(), torch.optim.AdamW(net.head.parameters()), RATE)
+        for epoch in (0, 0, 1, 7, 3):
+            unfreezer.apply(epoch)
+        assert found() == [text + "block0"]
+        again = ProgressiveUnfreezer(net.make_blocks(), torch.optim.AdamW(net.head.parameters()), RATE)
+        again.load_state_dict(unfreezer.state_dict())
+        again.apply(4)
+        assert found() == [text + "block0"]  # which the schedule froze
+        make()[2].apply(0)
+        assert found() == []
+
+
 def test_norms_can_be_left_alone() -> None:
     """`norms="train"` leaves the modes of frozen norms to `model.train()`."""
     net, _, unfreezer = make(norms="train")
@@ -286,7 +312,7 @@ def test_nothing_to_do_is_cheap_at_any_size() -> None:
     [
         ({"schedule": [0, 1]}, TypeError, r"`schedule` must be an UnfreezeSchedule, got list; make one"),
         ({"schedule": RATE.replace(total_blocks=2)}, ValueError, r"`schedule` must be for the 3 blocks given, got total_blocks=2; pass"),
-        ({"norms": "cold"}, ValueError, r"`norms` must be one of eval, frozen, train, got 'cold'; 'eval' is the default"),
+        ({"norms": "cold"}, ValueError, r"`norms` must be one of eval, frozen, fixed, train, got 'cold'; 'eval' is the default"),
     ],
 )  # fmt: skip
 def test_wrong_arguments(keywords: Any, error: type[Exception], message: str) -> None:

@@ -79,7 +79,7 @@ class UnfreezeCallback(Callback):
         membership: `"late"` or `"declared"`.
         no_decay: False, True, or a function of name and parameter.
         warmup_steps: At least 0.
-        norms: `"eval"`, `"frozen"` or `"train"`.
+        norms: `"eval"`, `"frozen"`, `"fixed"` or `"train"`.
         probe: `"ranks"`, `"local"` or `"off"`.
         caps: Guards and triggers.
         strict: False lets a run be resumed with another schedule, such as one of more blocks.

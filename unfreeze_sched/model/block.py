@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
@@ -24,6 +26,11 @@ class Block:
         members: Modules and parameters, in any number, at least one parameter in all; one may stand alone.
         member_names: Qualified names of the members in the model, one each, or nothing where the model is not known.
 
+    Attributes:
+        root: The model that the members are parts of; None where it is not known, as it is by `encoder_blocks` and by
+            `ProgressiveUnfreezer.from_model`. Without it nobody can tell that a member was replaced in the model.
+        fixed: Parameters of the members that never train; none of those that the block lists.
+
     Raises:
         TypeError: `name` is no string, or a member neither a module nor a parameter.
         ValueError: `name` is empty, no parameter is there, or the two tuples differ in length.
@@ -37,6 +44,8 @@ class Block:
     name: str
     members: tuple[nn.Module | nn.Parameter, ...]
     member_names: tuple[str, ...]
+    root: nn.Module | None = field(default=None, repr=False)
+    fixed: frozenset[nn.Parameter] = field(default=frozenset(), repr=False)
 
     def __init__(
         self,
@@ -72,6 +81,10 @@ class Block:
 
     def named_parameters(self) -> Iterator[Named]:
         """Each parameter once, with its qualified name where it is known, else `block/name`."""
+        return (named for named in self.all_parameters() if named[1] not in self.fixed)
+
+    def all_parameters(self) -> Iterator[Named]:
+        """The same, with those that are held fixed."""
         seen: set[int] = set()
         for prefix, member in zip(self._prefixes(), self.members, strict=True):
             if isinstance(member, nn.Parameter):
@@ -88,6 +101,10 @@ class Block:
         for _, parameter in self.named_parameters():
             yield parameter
 
+    def is_frozen(self) -> bool:
+        """Whether none of its parameters is trainable."""
+        return not any(parameter.requires_grad for parameter in self.parameters())
+
     def modules(self) -> Iterator[nn.Module]:
         """Each module of the block, submodules included; none for bare parameters."""
         for member in self.members:
@@ -100,12 +117,48 @@ class Block:
             if isinstance(member, nn.Module):
                 yield from ((prefix + name + "." * bool(name), module) for name, module in member.named_modules())
 
+    def within(self, root: nn.Module) -> Block:
+        """The same block, which knows the model that its members are parts of."""
+        return self._changed("root", root)
+
+    def holding(self, fixed: Iterable[nn.Parameter]) -> Block:
+        """The same block, with some of its parameters held fixed."""
+        return self._changed("fixed", frozenset(fixed))
+
+    def _changed(self, name: str, value: Any) -> Block:
+        block = copy.copy(self)
+        object.__setattr__(block, name, value)
+        return block
+
     def _prefixes(self) -> tuple[str, ...]:
         if self.member_names:
             return tuple(f"{name}." if name else "" for name in self.member_names)
         if len(self.members) == 1 and isinstance(self.members[0], nn.Module):
             return (f"{self.name}/",)
         return tuple(f"{self.name}/{index}." for index in range(len(self.members)))
+
+
+def gone(blocks: Iterable[Block]) -> list[str]:
+    """The names of members that the blocks' model, where it is known, does not hold, be it within a wrapper.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        >>> blocks = [Block("first", model[0], ["0"]).within(model)]
+        >>> model[0] = nn.Sequential(model[0], nn.ReLU())
+        >>> gone(blocks)
+        []
+        >>> model[0] = nn.Linear(2, 2)
+        >>> gone(blocks)
+        ['0']
+    """
+    known = [(block.root, block) for block in blocks if block.root is not None]
+    held = {root: {*root.modules(), *root.parameters()} for root in dict(known)}
+    return [
+        prefix.rstrip("./")
+        for root, block in known
+        for prefix, member in zip(block._prefixes(), block.members, strict=True)  # noqa: SLF001  # its own module
+        if member not in held[root]
+    ]
 
 
 def validate_blocks(blocks: Iterable[Block]) -> tuple[Block, ...]:

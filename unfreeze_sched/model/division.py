@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from unfreeze_sched.model.block import Block, is_peft
-from unfreeze_sched.model.head import Encoder, known_encoder
+from unfreeze_sched.model.head import Encoder, known_encoder, layers, refuse_inner_head
 from unfreeze_sched.model.tracing import Trace, TraceError, children, join, trace
 
 log = logging.getLogger("unfreeze_sched")
@@ -50,9 +50,11 @@ def divided(model: nn.Module, head: frozenset[nn.Parameter] | None, example_inpu
     """
     encoder = known_encoder(model) if head is None else Encoder("", model, head)
     traced = _trace(model, head, example_input)
+    if head is None:
+        refuse_inner_head(model, traced)
     outside = encoder.head_of(model, traced)
     uses = {parameter: use for parameter, use in traced.uses.items() if parameter not in outside}
-    if not uses:
+    if not uses or (head and not any(layers(model, uses))):  # a token alone is no encoder
         what, fix = (
             ("model", "name the blocks with patterns=") if head is None else ("head", "leave the encoder out of it")
         )

@@ -46,8 +46,9 @@ def encoder_blocks(
             dict of keyword arguments. Only shapes, types and devices matter.
 
     Returns:
-        The blocks; `[0]` is the shallowest and holds the stem, `[-1]` is next to the head. Of two towers side by side,
-        those with as many blocks above them follow each other.
+        The blocks; `[0]` is the shallowest and holds the stem, `[-1]` is next to the head. Those of two towers side by
+        side are in the order of depth, counted from the output; `sorted` by name puts one tower after the other, and
+        one call a tower gives each its own.
 
     Raises:
         TypeError: An argument is of the wrong type.
@@ -62,6 +63,21 @@ def encoder_blocks(
         [('1', ('0', '1')), ('2', ('2',))]
         >>> [block.name for block in encoder_blocks(model, patterns=[r"^1\.", r"^2\."])]
         ['1', '2']
+        >>> class Towers(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.image, self.text = (nn.Sequential(stage(), stage()) for _ in range(2))
+        ...         self.scale = nn.Parameter(torch.ones(()))
+        ...     def forward(self, image, text):
+        ...         return self.scale * self.image(image) * self.text(text)
+        >>> towers, inputs = Towers(), (torch.zeros(2, 8, 4, 4), torch.zeros(2, 8, 4, 4))
+        >>> blocks = encoder_blocks(towers, head=[towers.scale], example_input=inputs)
+        >>> [block.name for block in blocks]
+        ['image.0', 'text.0', 'image.1', 'text.1']
+        >>> [block.name for block in sorted(blocks, key=lambda block: block.name.startswith("image"))]
+        ['text.0', 'text.1', 'image.0', 'image.1']
+        >>> [block.name for block in encoder_blocks(towers.text, head=())]
+        ['0', '1']
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a torch module, got {type(model).__name__}; pass the model itself")
@@ -82,14 +98,18 @@ def encoder_blocks(
         )
     if patterns is None:
         stated = None if head is None else stated_head(model, names, head)
-        return validate_blocks(divided(unwrap(model), stated, example_input))
+        return _in_place(model, divided(unwrap(model), stated, example_input))
     if head is not None:
         raise ValueError("`head` must be left out where patterns are given, got both; what no pattern matches is head")
     if example_input is not None:
         raise ValueError(
             "`example_input` must be left out where patterns are given, got both; patterns need no forward pass"
         )
-    return validate_blocks(_by_patterns(model, names, patterns))
+    return _in_place(model, _by_patterns(model, names, patterns))
+
+
+def _in_place(model: nn.Module, blocks: Iterable[Block]) -> tuple[Block, ...]:
+    return tuple(block.within(unwrap(model)) for block in validate_blocks(blocks))
 
 
 def _parameter_names(model: nn.Module) -> dict[nn.Parameter, str]:

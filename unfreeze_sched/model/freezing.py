@@ -6,15 +6,16 @@ from collections.abc import Iterable
 from typing import Literal
 
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from unfreeze_sched.model.block import Block
 
-Norms = Literal["eval", "frozen", "train"]
+Norms = Literal["eval", "frozen", "fixed", "train"]
 
+_STATISTICS = frozenset({"running_mean", "running_var"})
 # Buffers that a forward pass in training mode writes, whether or not a gradient flows: running statistics, and the
 # vectors of spectral norm's power iteration (as a parametrization, and as the older hook).
-_WRITTEN_IN_TRAINING = frozenset({"running_mean", "running_var", "_u", "weight_u"})
+_WRITTEN_IN_TRAINING = _STATISTICS | {"_u", "weight_u"}
 
 
 def freeze(block: Block) -> None:
@@ -72,6 +73,43 @@ def is_norm(module: nn.Module) -> bool:
     ) or not _WRITTEN_IN_TRAINING.isdisjoint(
         module._buffers  # noqa: SLF001  # the module's own, without those of its children
     )
+
+
+def with_fixed_norms(blocks: Iterable[Block]) -> tuple[Block, ...]:
+    """Blocks that hold the weights and biases of their batch norms fixed, as `norms="fixed"` asks for.
+
+    Raises:
+        ValueError: There is no batch norm, or a block holds nothing else.
+
+    Example:
+        >>> (block,) = with_fixed_norms([Block("stem", nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))])
+        >>> [name for name, _ in block.named_parameters()]
+        ['stem/0.weight', 'stem/0.bias']
+    """
+    blocks = tuple(blocks)
+    norms = [[module for module in block.modules() if _is_batch_norm(module)] for block in blocks]
+    if not any(norms):
+        raise ValueError(
+            "`norms` must find batch norms to hold, got 'fixed' for blocks without any; leave it out, since LayerNorm "
+            "and its like keep no statistics, and train with their block"
+        )
+    held = [
+        block.holding(parameter for norm in own for parameter in norm.parameters(recurse=False))
+        for block, own in zip(blocks, norms, strict=True)
+    ]
+    for block in held:
+        if not any(True for _ in block.parameters()):
+            raise ValueError(
+                f"`norms` must leave each block something to train, got 'fixed' for {block.name!r}, of norms alone; "
+                "put them into the block beside it"
+            )
+    return tuple(held)
+
+
+def _is_batch_norm(module: nn.Module) -> bool:
+    """Whether the module is a batch norm, or another layer that keeps running statistics."""
+    own = module._buffers  # noqa: SLF001  # without those of its children; a name may be there for nothing
+    return isinstance(module, _BatchNorm) or any(own.get(name) is not None for name in _STATISTICS)
 
 
 class _EvalHold:

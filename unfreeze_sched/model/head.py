@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
-from unfreeze_sched.model.tracing import Trace, children, join, unwrap
+from unfreeze_sched.model.tracing import Trace, children, join, unwrap, walk
 
 _CLASSIFIERS = ("fc", "classifier", "head", "heads")  # torchvision's names
 _SHOWN = 3  # children in the question for the head
@@ -58,15 +59,19 @@ def stated_head(model: nn.Module, names: Mapping[nn.Parameter, str], head: Any) 
 
     Raises:
         TypeError: It is none of these.
-        ValueError: Something is not in the model or holds nothing, or an optimizer holds more than the head.
+        ValueError: Something is not in the model or holds nothing, or an optimizer holds all that trains.
     """
     if isinstance(head, Optimizer):
         held = frozenset(p for group in head.param_groups for p in group["params"] if p in names)
         kind = type(head).__name__
         if not held:
             raise ValueError(f"`head` must hold parts of the model, got {kind} with none of its parameters; {_FIX}")
-        if held >= {p for p in names if p.is_floating_point() or p.is_complex()}:
-            raise ValueError(f"`head` must hold just the head, got {kind} with all parameters of the model; {_FIX}")
+        left = {p for p in names if p.is_floating_point() or p.is_complex()} - held
+        if not any(_is_encoder_layer(module) for module in layers(model, left)):
+            raise ValueError(
+                f"`head` must hold just the head, got {kind} with all that trains of the model; {_FIX}, and "
+                "let ProgressiveUnfreezer.from_model take the blocks out of the optimizer"
+            )
         return held
     if isinstance(head, (nn.Module, nn.Parameter)):
         head = (head,)
@@ -92,6 +97,19 @@ def stated_head(model: nn.Module, names: Mapping[nn.Parameter, str], head: Any) 
 
 
 _FIX = "pass the modules that train from the start, such as head=[model.fc]"
+
+
+def layers(model: nn.Module, parameters: Collection[nn.Parameter]) -> Iterator[nn.Module]:
+    """The modules without parts that hold some of these parameters; tokens and tables, which lie bare, have none."""
+    for _, module in walk(model):
+        is_layer = not any(True for _, child in children(module) for _ in child.parameters())
+        if is_layer and any(parameter in parameters for parameter in module.parameters()):
+            yield module
+
+
+def _is_encoder_layer(module: nn.Module) -> bool:
+    """Whether a layer that an optimizer left out is more than a table of positions that is held fixed."""
+    return not isinstance(module, nn.Embedding) or module.weight.requires_grad
 
 
 def known_encoder(model: nn.Module) -> Encoder:
@@ -123,6 +141,21 @@ def known_encoder(model: nn.Module) -> Encoder:
             raise ValueError(_question(node, name, inside))
 
 
+def refuse_inner_head(model: nn.Module, traced: Trace) -> None:
+    """Refuse a task model of transformers beside whose base model nothing runs: its head lies within, unnamed.
+
+    Raises:
+        ValueError: There is one.
+    """
+    for name, node in walk(model):
+        beside = dict(children(node))
+        base = beside.pop(str(getattr(node, "base_model_prefix", None)), None)
+        if not _is_task_model(node) or base is None or _root(base) != "transformers":
+            continue
+        if traced.runs.keys().isdisjoint(beside.values()):
+            raise ValueError(_question(node, name, {str(node.base_model_prefix): base}))
+
+
 def _encoder_key(inside: Mapping[str, nn.Module], base: str | None) -> str | None:
     """The child that its name says is the encoder; in transformers, `encoder` without a decoder is a middle part."""
     if "backbone" in inside:
@@ -142,6 +175,11 @@ def _root(module: nn.Module) -> str:
     return type(module).__module__.split(".")[0]
 
 
+def _is_task_model(module: nn.Module) -> bool:
+    """Whether transformers named it for a task, as in `BertForMaskedLM`; a `RoFormerModel` is none."""
+    return _root(module) == "transformers" and re.search("For[A-Z]", type(module).__name__) is not None
+
+
 def _library_head(node: nn.Module, inside: Mapping[str, nn.Module], *, is_base: bool) -> set[nn.Parameter] | None:
     """The head inside of a library's model; `None` where no library says what it is."""
     root, path = _root(node), type(node).__module__
@@ -157,7 +195,7 @@ def _library_head(node: nn.Module, inside: Mapping[str, nn.Module], *, is_base: 
     if root == "transformers" and isinstance(getattr(node, "base_model_prefix", None), str):
         modalities = getattr(node, "input_modalities", "")
         towers = not is_base and not isinstance(modalities, str) and len(modalities) > 1
-        whole = "For" not in type(node).__name__ and not towers and not {"backbone", "decoder"} & inside.keys()
+        whole = not _is_task_model(node) and not towers and not {"backbone", "decoder"} & inside.keys()
         return set() if whole else None
     return None
 

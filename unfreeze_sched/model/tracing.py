@@ -11,13 +11,15 @@ import inspect
 import logging
 import random
 import re
+import sys
 from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import _lru_cache_wrapper, partial
 from itertools import product
+from types import CellType, FunctionType
 from typing import Any
 
 import torch
@@ -141,7 +143,13 @@ def trace(model: nn.Module, example_input: Any = None) -> Trace:
     # Fake tensors draw no random numbers, but a model's own Python code may.
     python_random = random.getstate()
     try:
-        with torch.inference_mode(mode=False), torch.enable_grad(), torch.random.fork_rng(devices=[]), _quiet():
+        with (
+            torch.inference_mode(mode=False),
+            torch.enable_grad(),
+            torch.random.fork_rng(devices=[]),
+            _quiet(),
+            _uncached(model),
+        ):
             # A model may hold small tensors that are not its buffers.
             try:
                 return _run(model, example_input, FakeTensorMode(allow_non_fake_inputs=True))
@@ -212,6 +220,37 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         log.disabled = before
+
+
+@contextmanager
+def _uncached(model: nn.Module) -> Iterator[None]:
+    """Forget what an `lru_cache` of the model's own code keeps of the copy: the model would get its fake tensors."""
+    before = {cache: cache.cache_info().misses for cache in _caches(model)}
+    try:
+        yield
+    finally:
+        for cache, misses in before.items():
+            if cache.cache_info().misses != misses:
+                cache.cache_clear()
+
+
+def _caches(model: nn.Module) -> Iterator[_lru_cache_wrapper[Any]]:
+    """The caches of functions and methods, decorated further or not, where the model's classes are defined."""
+    homes = {kind.__module__ for _, module in walk(model) for kind in type(module).__mro__}
+    values = [value for home in homes if home in sys.modules for value in vars(sys.modules[home]).values()]
+    stack = values + [part for value in values if isinstance(value, type) for part in vars(value).values()]
+    seen: set[int] = set()  # closures of recursive functions hold themselves
+    while stack:
+        value = stack.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, _lru_cache_wrapper):
+            yield value
+        elif isinstance(value, staticmethod | classmethod):
+            stack.append(value.__func__)
+        elif isinstance(value, FunctionType):
+            stack += [cell.cell_contents for cell in value.__closure__ or () if cell != CellType()]
 
 
 def _pattern(model: nn.Module) -> str:

@@ -190,7 +190,7 @@ def refuse_members(optimizer: Optimizer, blocks: Iterable[Block]) -> None:
     Raises:
         ValueError: There is one, or a group under a block's name holds something else.
     """
-    homes = {id(parameter): (name, block.name) for block in blocks for name, parameter in block.named_parameters()}
+    homes = {id(parameter): (name, block.name) for block in blocks for name, parameter in block.all_parameters()}
     names = {name for _, name in homes.values()}
     strangers = [
         homes[id(parameter)][0]
@@ -288,7 +288,7 @@ def refuse_replaced(names: Sequence[str]) -> None:
     """Refuse blocks in which other modules lie now: what is trained and held in evaluation would be the old ones."""
     if names:
         raise RuntimeError(
-            f"`blocks` must hold the modules that they were given with, got {listed(names)} replaced (as by assigning "
+            f"`blocks` must hold the parts that they were given with, got {listed(names)} replaced (as by assigning "
             "a layer, convert_sync_batchnorm or quantization); make optimizer, blocks and unfreezer after that"
         )
 

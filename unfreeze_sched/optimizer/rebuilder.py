@@ -183,7 +183,7 @@ class OptimizerRebuilder:
 
         Raises:
             ValueError: The change would go wrong; optimizer, schedulers and model are as they were.
-            RuntimeError: The model no longer holds a block's parameter, the optimizer not the template's group, or an
+            RuntimeError: The model no longer holds a part of a block, the optimizer not the template's group, or an
                 accumulation is not over; likewise.
         """
         return self.sync_blocks(self._all())
@@ -202,6 +202,7 @@ class OptimizerRebuilder:
                 admission.refuse_replaced(self.owners.replaced(index))
                 named = chain.from_iterable(subset.named for subset in self.subsets[index])
                 admission.refuse_orphans(self.owners.orphans(index, named))
+            admission.refuse_replaced(self.owners.gone())
         joining, leaving = self._diff(indices, reached)
         changed = {*flipped, *(subset.block for subset, _ in joining)}
         if not changed and not leaving:

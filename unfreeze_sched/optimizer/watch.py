@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from operator import is_
 from typing import Any, ClassVar, Literal, TypeVar
 from weakref import WeakKeyDictionary, ref
@@ -18,7 +18,7 @@ from torch.utils.weak import TensorWeakRef
 
 from unfreeze_sched import parallel
 from unfreeze_sched._checks import listed, warn
-from unfreeze_sched.model.block import Block, Named
+from unfreeze_sched.model.block import Block, Named, gone
 from unfreeze_sched.optimizer.admission import refuse_differing, refuse_order
 from unfreeze_sched.optimizer.groups import tag
 
@@ -37,8 +37,8 @@ _RELATIVE_TOLERANCE = 1e-9
 class Owners:
     """Notices a parameter that its block's modules no longer hold, such as after `load_state_dict(assign=True)`.
 
-    The optimizer would go on to train the old tensor, and the model would stand still. A parameter that is a member of
-    its block by itself has no module here that could tell.
+    The optimizer would go on to train the old tensor, and the model would stand still. So it would where the model has
+    something else in a member's place, which only blocks that know their model can tell.
 
     Args:
         blocks: The blocks, shallow to deep.
@@ -59,20 +59,21 @@ class Owners:
             for block in blocks
         ]
         self._firsts = [first for held in self._held if (first := _first(held))]
+        self._places = _places(blocks)
 
     def are_in_place(self) -> bool:
         """Whether each block still holds the first of its parameters: cheap, and what replaces one replaces all."""
         return all(parameters.get(key) is parameter for parameters, key, parameter in self._firsts)
 
     def are_whole(self, indices: Iterable[int]) -> bool:
-        """Whether these blocks' modules hold the modules and parameters that they held.
+        """Whether these blocks' modules hold the modules and parameters that they held, and the model all its blocks.
 
         Tables are compared in one go each, without a loop in Python, since each transition asks it of all modules.
 
         Args:
             indices: 0-based indices of the blocks to look at.
         """
-        return all(
+        return all(getattr(module, table).get(key) is part for module, table, key, part in self._places) and all(
             all(module._modules == was for module, was in self._inside[index])  # noqa: SLF001  # likewise
             and all(len(own) == len(was) and all(map(is_, own.values(), was)) for own, was in self._held[index])
             for index in indices
@@ -85,13 +86,41 @@ class Owners:
             prefixes.get(module, "") + key
             for module, was in self._inside[index]
             for key in {**was, **module._modules}  # noqa: SLF001  # likewise
-            if was.get(key) is not module._modules.get(key)  # noqa: SLF001  # likewise
+            if not _is_or_wraps(module._modules.get(key), was.get(key))  # noqa: SLF001  # likewise
         ]
+
+    def gone(self) -> list[str]:
+        """The names of members that the model does not hold any more."""
+        return gone(self._blocks)
 
     def orphans(self, index: int, named: Iterable[Named]) -> list[str]:
         """The names of parameters that the block holds no more; a parametrization keeps its in another module."""
         inside = set(map(id, self._blocks[index].parameters()))
         return [name for name, parameter in named if id(parameter) not in inside]
+
+
+def _places(blocks: Iterable[Block]) -> list[tuple[nn.Module, str, str, Any]]:
+    """What leads from the blocks' model to their members: a module, its table, the key, and what lies there."""
+    found: dict[Any, tuple[nn.Module, str, str]] = {}
+    for root in dict.fromkeys(block.root for block in blocks if block.root is not None):
+        above: dict[Any, tuple[nn.Module, str, str]] = {}
+        for module in root.modules():
+            for table in ("_modules", "_parameters"):
+                for key, part in getattr(module, table).items():
+                    above.setdefault(part, (module, table, key))  # the first, so that no way up is a circle
+        for member in chain.from_iterable(block.members for block in blocks if block.root is root):
+            place: Any = member
+            while place is not root and place not in found:
+                found[place] = above.get(place, (root, "_modules", ""))  # where nothing is: it is gone already
+                place = found[place][0]
+    return [(*place, part) for part, place in found.items()]
+
+
+def _is_or_wraps(module: nn.Module | None, was: nn.Module | None) -> bool:
+    """Whether a module is what it was, or wraps that alone, as `torch.compile` and `checkpoint_wrapper` do."""
+    if module is None or was is None or module is was:
+        return module is was
+    return was in set(module.modules()) and set(module.parameters()) == set(was.parameters())
 
 
 def _held(block: Block) -> list[_Held]:

@@ -22,7 +22,16 @@ from torch.overrides import TorchFunctionMode
 
 from unfreeze_sched._checks import short
 from unfreeze_sched.model import Block, encoder_blocks
-from unfreeze_sched.model.freezing import Norms, freeze, hold_in_eval, norms_of, release, unfreeze
+from unfreeze_sched.model.freezing import (
+    Norms,
+    freeze,
+    hold_in_eval,
+    norms_of,
+    release,
+    set_requires_grad,
+    unfreeze,
+    with_fixed_norms,
+)
 from unfreeze_sched.model.tracing import trace
 from unfreeze_sched.plan.phases import STATES, Encoder, Measured
 
@@ -55,6 +64,9 @@ def measure(name: str, image_size: Size | None, batch_size: int, optimizer: str,
         used = trace(fake.model, fake.batch).uses
     names = {parameter: key for key, parameter in fake.model.named_parameters()}
     in_blocks = {parameter for block in blocks for parameter in block.parameters()}
+    if norms == "fixed":
+        blocks = with_fixed_norms(blocks)
+        set_requires_grad(chain.from_iterable(block.fixed for block in blocks), requires_grad=False, flipped=[])
     outside = {parameter: key for parameter, key in names.items() if parameter not in in_blocks}
     head = [parameter for parameter in outside if parameter in used and parameter.requires_grad]
     unused = [key for parameter, key in outside.items() if parameter not in set(head)]
@@ -98,7 +110,7 @@ def saved_activations(fake: FakeModel, blocks: tuple[Block, ...], number: int, n
     for depth, block in enumerate(reversed(blocks)):
         (unfreeze if depth < number else freeze)(block)
         if norms != "eval":
-            (hold_in_eval if norms == "frozen" else release)(norms_of(block))
+            (release if norms == "train" else hold_in_eval)(norms_of(block))
     seen = {_key(tensor) for tensor in chain(fake.model.parameters(), fake.model.buffers())}
     kept: list[torch.UntypedStorage] = []  # alive, so that no key is used twice
 

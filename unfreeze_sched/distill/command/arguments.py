@@ -74,9 +74,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_flags(unfreezing, *_FLAGS, auto=True)
     unfreezing.add_argument(
         "--norms",
-        choices=["eval", "frozen", "train"],
+        choices=["eval", "frozen", "fixed", "train"],
         default="eval",
-        help="norm layers: in evaluation while their block is frozen (eval, the default), for good (frozen), or never",
+        help="norm layers: in evaluation while their block is frozen (eval, the default), for good (frozen), for good "
+        "and batch norms' weights untrained (fixed), or never (train)",
     )
     unfreezing.add_argument(
         "--compare-frozen",
