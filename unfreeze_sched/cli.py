@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from pydantic import ValidationError
 
-from unfreeze_sched._checks import one_line
+from unfreeze_sched._checks import one_line, plain
 from unfreeze_sched.distill.command.arguments import add_arguments as add_distill_arguments
 from unfreeze_sched.parallel import is_launched_alone
 from unfreeze_sched.plan.command import add_arguments as add_plan_arguments
@@ -22,7 +22,7 @@ class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, without the usage in front of it."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n" if _speaks() else None)
+        self.exit(2, f"{self.prog}: {plain(message)}; see {self.prog} --help\n" if _speaks() else None)
 
 
 class _Version(argparse.Action):
@@ -64,9 +64,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, 2 for wrong input, 130 when interrupted, 1 where nobody reads the output any more.
     """
-    args = make_parser().parse_args(argv)
+    _reopen_closed()
+    words = sys.argv[1:] if argv is None else list(argv)
+    args = _parsed(words)
     try:
-        {"distill": _distill, "plan": plan}[args.command](args)
+        if args.command == "distill":
+            _distill(args, words[1:])
+        else:
+            plan(args)
         sys.stdout.flush()
     except ValidationError as error:
         return _fail(one_line(error))
@@ -86,6 +91,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _reopen_closed() -> None:
+    """Give the streams that a shell has closed a place to go, lest the next file that is opened takes theirs."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: PTH123, SIM115  # for good
+
+
+def _parsed(words: Sequence[str]) -> argparse.Namespace:
+    parser = make_parser()
+    for word in words:
+        if word.startswith("--") and word.endswith("=--"):  # of which argparse makes an empty list
+            parser.error(f"argument {word[:-3]}: must have a value, got '--'; write ./-- for a path of that name")
+    return parser.parse_args(words)
+
+
 def _speaks() -> bool:
     """Whether this process says what went wrong: the only one, or the first of torchrun's ranks that failed."""
     if is_launched_alone():
@@ -97,18 +117,17 @@ def _speaks() -> bool:
     return first_to_fail()
 
 
-def _distill(args: argparse.Namespace) -> None:
+def _distill(args: argparse.Namespace, words: Sequence[str]) -> None:
     try:
         from unfreeze_sched.distill.command.run import run  # noqa: PLC0415  # an extra, and torch, on use alone
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"`distill` needs {error.name}, which is not installed; pip install 'unfreeze-sched[distill]'"
         ) from error
-    run(args)
+    run(args, words)
 
 
 def _fail(message: str) -> int:
-    line = " ".join(message.split())
     if _speaks():
-        print(f"unfreeze-sched: {line}", file=sys.stderr)  # noqa: T201  # a command's voice
+        print(f"unfreeze-sched: {plain(' '.join(message.split()))}", file=sys.stderr)  # noqa: T201  # a command's voice
     return 2

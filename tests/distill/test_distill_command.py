@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import subprocess
@@ -26,10 +25,10 @@ from unfreeze_sched import LARGE, MEDIUM, SMALL, MilestonePreset, UnfreezeSchedu
 from unfreeze_sched.cli import main, make_parser  # noqa: E402
 from unfreeze_sched.distill.command import run, training  # noqa: E402
 from unfreeze_sched.distill.command.arguments import preset_from  # noqa: E402
-from unfreeze_sched.distill.command.memory import saved_for_backward  # noqa: E402
 from unfreeze_sched.distill.command.ranks import Ranks  # noqa: E402
 from unfreeze_sched.distill.command.runlog import RunLog, warnings_in_one_line  # noqa: E402
 from unfreeze_sched.guards import OverfitGuard  # noqa: E402
+from unfreeze_sched.plan.memory import saved_for_backward  # noqa: E402
 
 SMALL_RUN = [
     *("--image-size", "32", "--batch-size", "4", "--epochs", "3", "--teacher-epochs", "1"),
@@ -119,7 +118,7 @@ def test_checkpoints(finished: tuple[Path, str]) -> None:
         *("teacher/last.pth", "student/last.pth", "frozen/last.pth"),
     }
     last = torch.load(output / "student" / "last.pth", weights_only=True)
-    assert set(last) == {"model", "optimizer", "scheduler", "unfreezer", "records", "random"}
+    assert set(last) == {"model", "optimizer", "scheduler", "scaler", "unfreezer", "records"}
     assert [record["epoch"] for record in last["records"]] == [0, 1, 2]
     weights = torch.load(output / "student.pth", weights_only=True)
     assert all(torch.equal(weights[key], value) for key, value in last["model"].items())
@@ -439,7 +438,7 @@ def test_nothing_is_overwritten(finished: tuple[Path, str], data: Path, capsys: 
 def test_an_interrupt(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """Ctrl-C ends with the shell's code for it and one line."""
 
-    def interrupted(_: argparse.Namespace) -> None:
+    def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(run, "run", interrupted)
@@ -451,12 +450,12 @@ def test_a_missing_extra(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """Without the extra's packages the command says what to install."""
     monkeypatch.delitem(sys.modules, "unfreeze_sched.distill.command.run")
     monkeypatch.delattr("unfreeze_sched.distill.command.run")
-    monkeypatch.setitem(sys.modules, "rich.console", None)
+    monkeypatch.setitem(sys.modules, "timm.layers", None)
     assert main(["distill"]) == 2
     error = capsys.readouterr().err
     assert (
         error
-        == "unfreeze-sched: `distill` needs rich.console, which is not installed; pip install 'unfreeze-sched[distill]'\n"
+        == "unfreeze-sched: `distill` needs timm.layers, which is not installed; pip install 'unfreeze-sched[distill]'\n"
     )
 
 
@@ -497,7 +496,7 @@ def test_saved_bytes_by_hand() -> None:
     def count() -> int:
         with saved_for_backward(layers) as saved:
             layers(x)
-        return saved.total
+        return sum(storage.nbytes() for storage in saved)
 
     # Input, first tanh (also the second layer's input), second tanh; 4 bytes a number.
     assert count() == 4 * (16 + 16 + 8)

@@ -30,7 +30,6 @@ from unfreeze_sched import (
     encoder_blocks,
 )
 from unfreeze_sched.cli import main
-from unfreeze_sched.distill.command.memory import saved_for_backward
 from unfreeze_sched.plan import memory
 from unfreeze_sched.plan.phases import STATES, Plan, make_plan
 from unfreeze_sched.plan.table import as_text
@@ -87,10 +86,10 @@ def real_run(name: str, size: int, schedule: UnfreezeSchedule, norms: Any = "eva
     for epoch in (0, *(epoch for epoch, _ in schedule.transitions())):
         unfreezer.apply(epoch)
         model.train()
-        with saved_for_backward(model) as saved:
+        with memory.saved_for_backward(model) as saved:
             output = model(torch.randn(2, 3, size, size))
-        kept.append(saved.total)
-        del output
+        kept.append(sum(storage.nbytes() for storage in saved))
+        del output, saved
     return kept
 
 

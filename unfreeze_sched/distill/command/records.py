@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from pydantic import TypeAdapter
-
+from unfreeze_sched._checks import FrozenModel
 from unfreeze_sched.history import Transition
 
 
-@dataclass(frozen=True)
-class EpochRecord:
+class EpochRecord(FrozenModel):
     """One line of `metrics.jsonl`.
 
     Attributes:
@@ -22,11 +21,11 @@ class EpochRecord:
         joined: Names of the blocks that joined before this epoch, deepest first.
         learning_rates: By group, at the epoch's first step: `head`, then the blocks.
         optimizer_step: Steps that the optimizer had taken of the head before the epoch, by its own count.
-        train_loss: Mean over the epoch's steps.
+        train_loss: Mean over the training images, each batch as it was trained on.
         validation_loss: Mean over the validation images.
         validation_miou: In [0, 1].
         seconds: Of the training steps alone.
-        saved_bytes: Activations that the first step of this number of blocks kept for backward, on rank 0.
+        saved_bytes: Activations that the first batch of this number of blocks kept for backward, on rank 0.
         peak_bytes: The device's peak of memory in the epoch, where it reports one; likewise.
     """
 
@@ -42,10 +41,6 @@ class EpochRecord:
     seconds: float
     saved_bytes: int
     peak_bytes: int | None
-
-    def as_dict(self) -> dict[str, Any]:
-        """The record in JSON's types."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -67,16 +62,15 @@ def records_of(saved: Any) -> list[EpochRecord]:
     """The records in a checkpoint.
 
     Raises:
-        Exception: Nearly anything, where it holds something else.
+        ValueError, TypeError: It holds something else.
     """
-    records = [EpochRecord(**{**record, "joined": tuple(record["joined"])}) for record in saved]
-    TypeAdapter(list[EpochRecord]).validate_python([record.as_dict() for record in records])
+    records = [EpochRecord.model_validate(record) for record in saved]
     if [record.epoch for record in records] != list(range(len(records))):
         raise ValueError("records of other epochs")
     return records
 
 
-def around_transitions(records: tuple[EpochRecord, ...]) -> dict[int, tuple[float, float]]:
+def around_transitions(records: Sequence[EpochRecord]) -> dict[int, tuple[float, float]]:
     """The validation loss before and after each transition, by its 0-based epoch.
 
     Before is that of the epoch before; after that of the first epoch in which the new blocks trained.
