@@ -66,17 +66,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     _reopen_closed()
     words = sys.argv[1:] if argv is None else list(argv)
-    args = _parsed(words)
     try:
-        if args.command == "distill":
-            _distill(args, words[1:])
-        else:
-            plan(args)
-        sys.stdout.flush()
+        try:
+            _carry_out(_parsed(words), words[1:])
+        finally:
+            sys.stdout.flush()  # here, where what comes of it is still one line
     except ValidationError as error:
         return _fail(one_line(error))
     except BrokenPipeError:  # whoever read the output had enough of it, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 1
     except (ValueError, OSError, ModuleNotFoundError) as error:
         return _fail(str(error))
@@ -89,6 +87,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return 1  # another rank has failed, which ended this one
     return 0
+
+
+def _carry_out(args: argparse.Namespace, words: Sequence[str]) -> None:
+    if args.command == "distill":
+        _distill(args, words)
+    else:
+        plan(args)
 
 
 def _reopen_closed() -> None:
@@ -127,7 +132,16 @@ def _distill(args: argparse.Namespace, words: Sequence[str]) -> None:
     run(args, words)
 
 
+def _drop_output() -> None:
+    """Let what is still to be written go nowhere, or Python would try again at its end, and say so at length."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _fail(message: str) -> int:
+    try:
+        sys.stdout.flush()
+    except OSError:  # a full disk
+        _drop_output()
     if _speaks():
         print(f"unfreeze-sched: {plain(' '.join(message.split()))}", file=sys.stderr)  # noqa: T201  # a command's voice
     return 2

@@ -26,72 +26,24 @@ import torch
 from bits import JUNK, broken, differences, flat, seeded
 from torch import nn
 
-from unfreeze_sched import Block, ProgressiveUnfreezer, RatePreset, UnfreezeSchedule
+from unfreeze_sched import ProgressiveUnfreezer
 
 pytest.importorskip("segmentation_models_pytorch")
 Image = pytest.importorskip("PIL.Image")
 
 from images import write_images  # noqa: E402  # after the skips
+from tiny import InterruptedRunError, Interrupting, arm  # noqa: E402  # likewise
 
 from unfreeze_sched.cli import main  # noqa: E402  # likewise
 from unfreeze_sched.distill import checkpoints  # noqa: E402  # likewise
 from unfreeze_sched.distill.checkpoints import CheckpointError, load_segmentation_state, read_checkpoint  # noqa: E402  # likewise
 from unfreeze_sched.distill.command import restore  # noqa: E402  # likewise
-from unfreeze_sched.distill.command.arms import Arm, Imitating, Settings  # noqa: E402  # likewise
+from unfreeze_sched.distill.command.arms import Settings  # noqa: E402  # likewise
 from unfreeze_sched.distill.command.data import load_folder  # noqa: E402  # likewise
-from unfreeze_sched.distill.command.records import EpochRecord  # noqa: E402  # likewise
 from unfreeze_sched.distill.command.training import Training  # noqa: E402  # likewise
-from unfreeze_sched.distill.loss import DistillationLoss  # noqa: E402  # likewise
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch.serialization")
 Parts = dict[str, Any]
-
-
-class Tiny(nn.Module):
-    """As small as a network of the training command can be: two blocks with a batch norm each, and a head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder = nn.ModuleList(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)) for _ in range(2))
-        self.head = nn.Conv2d(3, 3, 1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for block in self.encoder:
-            x = x + block(x).relu()
-        out: torch.Tensor = self.head(x)
-        return out
-
-    def get_decoder_parameters(self) -> Iterator[nn.Parameter]:
-        return self.head.parameters()
-
-
-class InterruptedRunError(Exception):
-    pass
-
-
-class Interrupting:
-    """Ends a run after its second epoch."""
-
-    def step(self) -> None:
-        pass
-
-    def tell(self, line: str) -> None:
-        pass
-
-    def epoch(self, record: EpochRecord) -> None:
-        if record.epoch == 1:
-            raise InterruptedRunError
-
-
-def arm(seed: int) -> Arm:
-    torch.manual_seed(seed)
-    net = Tiny()
-    blocks = tuple(Block(f"stage{i}", (module,), (f"encoder.{i}",)) for i, module in enumerate(net.encoder))
-    schedule = UnfreezeSchedule(
-        preset=RatePreset(unfreeze_start_epoch=1, unfreeze_rate=1), total_blocks=2, total_epochs=3
-    )
-    loss = DistillationLoss(alpha=0.0)
-    return Arm("student", net, Imitating(net), blocks, schedule, 0.1, "eval", loss)
 
 
 def parts_of(seed: int) -> Parts:

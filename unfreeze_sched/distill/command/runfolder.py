@@ -20,6 +20,7 @@ from unfreeze_sched.distill.command.data import SegmentationData
 _FILE = "arguments.json"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _CLOSED = {errno.EACCES, errno.EPERM, errno.EROFS}
+_NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP}  # of file systems that have no hard links
 
 Inputs = dict[str, list[str]]
 """What a run reads: the name of a file -> for each of that name, the part it belongs to, its size, and its hash."""
@@ -119,7 +120,7 @@ def check_output(name: str | None) -> None:
         ValueError: There is something in it, or it cannot be written.
     """
     folder = Path(name or "runs")
-    if name is not None and folder.exists() and (not folder.is_dir() or not all(map(_left_over, folder.iterdir()))):
+    if name and folder.exists() and (not folder.is_dir() or not all(map(_left_over, folder.iterdir()))):
         raise ValueError(
             f"`--output` must be a new or empty folder, got {folder}; name another, nothing is overwritten"
         )
@@ -150,11 +151,12 @@ def claim(name: str | None, words: Sequence[str], inputs: Inputs) -> Path:
     begin, attempt = time.strftime("%Y%m%d-%H%M%S"), 1
     while True:
         folder = Path(name or f"runs/{begin}{f'-{attempt}' if attempt > 1 else ''}")
-        folder.mkdir(parents=True, exist_ok=True)
         try:
-            _create(folder / _FILE, content)
+            with in_words(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                _create(folder / _FILE, content)
         except FileExistsError:
-            if name is not None:
+            if name:
                 raise ValueError(
                     f"`--output` must be a new or empty folder, got {folder}, which another run took; name another"
                 ) from None
@@ -170,9 +172,9 @@ def _create(path: Path, content: str) -> None:
         temporary.write_text(content, encoding="utf-8")
         try:
             os.link(temporary, path)
-        except FileExistsError:
-            raise
-        except OSError:  # a file system without hard links
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
             with path.open("x", encoding="utf-8") as file:
                 file.write(content)
     finally:
@@ -238,7 +240,8 @@ def in_words(output: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in _FULL:
-            text = f"have room, got a full disk ({error.strerror}); make some, and go on with --resume {output}"
+            again = f"go on with --resume {output}" if (output / _FILE).exists() else "start again"
+            text = f"have room, got a full disk ({error.strerror}); make some, and {again}"
         elif error.errno in _CLOSED and Path(str(error.filename)).is_relative_to(output):
             text = f"be a folder that can be written, got {error.filename} ({error.strerror}); change its permissions, "
             text += "or name another with --output"
