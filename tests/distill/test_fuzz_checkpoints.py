@@ -411,7 +411,7 @@ def test_the_attacks_are_real(index: int, tmp_path: Path) -> None:
 def test_broken_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Saved arguments that no command line gives are one line and exit code 2, and nothing is changed."""
     words = ["--data", str(tmp_path / "none"), "--preset", "small", "--teacher", "t.pth", "--compare-frozen"]
-    good: dict[str, Any] = {"words": words, "folder": str(tmp_path), "inputs": {"images/a.png": ["training 3 a1"]}}
+    good: dict[str, Any] = {"words": words, "folder": str(tmp_path), "inputs": {"--data images/a.png": "3 a1"}}
     file = tmp_path / "arguments.json"
     cases = [json.dumps({**good, key: thing}) for key in good for thing in ([1], {"a": 1}, 1.5, None, "words")]
     cases.remove(json.dumps({**good, "folder": "words"}))  # a folder that is no longer there says nothing of the data
@@ -436,5 +436,5 @@ def test_broken_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         assert file.read_text() == case
     file.write_text(json.dumps(good))
     assert main(["distill", "--resume", str(tmp_path)]) == 2
-    assert "`--resume`" not in capsys.readouterr().err  # but for the data, which is not there, these are right
+    assert "got files gone: --data images/a.png; put" in capsys.readouterr().err  # but for the data, these are right
     assert [item.name for item in tmp_path.iterdir()] == ["arguments.json"]

@@ -201,16 +201,22 @@ def tear_the_arguments(root: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (add_an_image, "got files added: images/99.png, masks/99.png; put them back, or begin a new run"),
-        (remove_an_image, "got files gone: images/03.png, masks/03.png; put them back, or begin a new run"),
-        (change_a_mask, "got files changed: masks/03.png; put them back"),
-        (swap_two_images, "got files changed: images/01.png, images/02.png; put them back"),
+        (add_an_image, "got files added: --data images/99.png, --data masks/99.png; put them back, or begin a new run"),
+        (
+            remove_an_image,
+            "got files gone: --data images/03.png, --data masks/03.png; put them back, or begin a new run",
+        ),
+        (change_a_mask, "got files changed: --data masks/03.png; put them back"),
+        (swap_two_images, "got files changed: --data images/01.png, --data images/02.png; put them back"),
         (take_another_teacher, "got files changed: --teacher; put them back"),
         (
             lambda root: (root / "teacher.pth").unlink(),
             "got files gone: --teacher; put them back",
         ),
-        (lambda root: shutil.rmtree(root / "data"), "data/images must be a folder, got none"),
+        (
+            lambda root: shutil.rmtree(root / "data"),
+            "--data images/01.png, --data images/02.png and 29 more; put them back",
+        ),
         (flip_a_bit, "student/last.pth: must be a checkpoint of torch.save, got a damaged or different file"),
         (put_a_foreign_checkpoint, "student/last.pth: must be a checkpoint of this command, got another file; remove"),
         (tear_the_arguments, "whose arguments.json cannot be read (ValidationError); give the folder that the run"),

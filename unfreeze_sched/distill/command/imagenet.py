@@ -51,7 +51,7 @@ def load_first_weights(encoder: nn.Module, encoder_name: str, weights: str) -> N
 
 
 def load_imagenet_weights(encoder: nn.Module, encoder_name: str) -> None:
-    """Load ImageNet weights into an smp encoder.
+    """Load an installed package's ImageNet weights into an smp encoder, `timm-tf_efficientnet_lite0` or `...lite2`.
 
     In evaluation mode a `tu-` encoder then computes exactly what timm's model computes. A `timm-` encoder does so up to
     its padding: its strided convolutions pad both sides alike, TensorFlow's pad one pixel more on the right, so for
@@ -59,35 +59,16 @@ def load_imagenet_weights(encoder: nn.Module, encoder_name: str) -> None:
     32k + 1 pixels both agree. In training mode its batch norms add smp's epsilon of 1e-5 to the batch's variance, not
     the 1e-3 that the weights were trained with.
 
-    Args:
-        encoder: `smp.encoders.get_encoder(encoder_name, weights=None)`, or a Unet's `encoder`.
-        encoder_name: `timm-tf_efficientnet_lite0`, `timm-tf_efficientnet_lite2`, or the same with `tu-`.
-
     Raises:
         ValueError: No package is known for `encoder_name`.
         ModuleNotFoundError: Its package is missing.
         CheckpointError: `encoder` is another one; it is then unchanged.
-
-    Example:
-        >>> from segmentation_models_pytorch.encoders import get_encoder
-        >>> encoder = get_encoder("tu-tf_efficientnet_lite0", weights=None)
-        >>> load_imagenet_weights(encoder, "tu-tf_efficientnet_lite0")
     """
     encoder.load_state_dict(imagenet_state(encoder, encoder_name))
 
 
 def imagenet_state(model: nn.Module, encoder_name: str) -> dict[str, Tensor]:
-    """The package's weights under the model's names: a state dict that fits `model`.
-
-    Args:
-        model: An smp encoder, or timm's classifier `timm.create_model("tf_efficientnet_lite0")`.
-        encoder_name: As in `load_imagenet_weights`; timm's own name will do.
-
-    Returns:
-        A state dict. The layers after the last block, classifier included, are in it where the model has them.
-
-    Raises:
-        ValueError, ModuleNotFoundError, CheckpointError: As `load_imagenet_weights`.
+    """The package's weights under the names of an smp encoder, or of timm's classifier.
 
     Example:
         >>> from timm import create_model

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 from unfreeze_sched._checks import FrozenModel
-from unfreeze_sched.history import Transition
 
 
 class EpochRecord(FrozenModel):
@@ -41,33 +38,6 @@ class EpochRecord(FrozenModel):
     seconds: float
     saved_bytes: int
     peak_bytes: int | None
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How an arm's training went.
-
-    Attributes:
-        records: One an epoch, in order.
-        history: The transitions, the first state included.
-        held: Why a guard held further blocks back, with the figures; empty where none did.
-    """
-
-    records: tuple[EpochRecord, ...]
-    history: tuple[Transition, ...]
-    held: str
-
-
-def records_of(saved: Any) -> list[EpochRecord]:
-    """The records in a checkpoint.
-
-    Raises:
-        ValueError, TypeError: It holds something else.
-    """
-    records = [EpochRecord.model_validate(record) for record in saved]
-    if [record.epoch for record in records] != list(range(len(records))):
-        raise ValueError("records of other epochs")
-    return records
 
 
 def around_transitions(records: Sequence[EpochRecord]) -> dict[int, tuple[float, float]]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from unfreeze_sched.distill.checkpoints import CheckpointError, read_checkpoint
-from unfreeze_sched.distill.command.records import EpochRecord, records_of
+from unfreeze_sched.distill.command.records import EpochRecord
 
 
 def restore(parts: Mapping[str, Any], path: Path) -> list[EpochRecord]:
@@ -34,7 +34,9 @@ def restore(parts: Mapping[str, Any], path: Path) -> list[EpochRecord]:
             f"{path}: must be a checkpoint of this command, got another file; remove it to begin anew"
         )
     try:
-        records = records_of(saved["records"])
+        records = [EpochRecord.model_validate(record) for record in saved["records"]]
+        if [record.epoch for record in records] != list(range(len(records))):
+            _refuse(iter(["records of other epochs"]))
         for name, part in parts.items():
             if name != "unfreezer":  # which looks at all of its state itself
                 _refuse(_misfits(name, saved[name], _expected(name, part)))

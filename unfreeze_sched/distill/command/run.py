@@ -24,10 +24,9 @@ from unfreeze_sched.distill.command.evaluation import Evaluation, evaluate
 from unfreeze_sched.distill.command.imagenet import load_first_weights
 from unfreeze_sched.distill.command.inputs import classes_for, data_of
 from unfreeze_sched.distill.command.ranks import Ranks, joined
-from unfreeze_sched.distill.command.records import Outcome, around_transitions
+from unfreeze_sched.distill.command.records import around_transitions
 from unfreeze_sched.distill.command.report import draw_report, phase_table
 from unfreeze_sched.distill.command.runfolder import (
-    Inputs,
     check_output,
     claim,
     held,
@@ -67,15 +66,12 @@ def _run(args: argparse.Namespace, words: Sequence[str], ranks: Ranks, stack: Ex
     begin = time.perf_counter()
     resumed = None if args.resume is None else Path(args.resume)
     # The run's folder is looked at by rank 0 alone, which is about to write there.
-    args, begun_with = ranks.agree(_asked(args, resumed, stack) if ranks.leads else None)
+    args = ranks.agree(_asked(args, resumed, stack) if ranks.leads else None)
     if args.tensorboard:
         check_tensorboard()
     settings = _settings(args, ranks)
     training, validation, test = data_of(args)
     _refuse_many_ranks(settings.batch_size, len(training), ranks)
-    inputs = inputs_of(args, {"training": training, "validation": validation, "test": test}) if ranks.leads else {}
-    if begun_with is not None and ranks.leads:
-        refuse_other_inputs(begun_with, inputs)
     n_images = len(training) + len(validation)
     wrapper, student = _student(args, classes_for(args.teacher, training), settings, n_images)
     arms = [student, _frozen_twin(wrapper, student)] if args.compare_frozen else [student]
@@ -93,7 +89,7 @@ def _run(args: argparse.Namespace, words: Sequence[str], ranks: Ranks, stack: Ex
         for arm in arms
     }
     # All that can be refused has been, before a teacher is trained for nothing; only now something is written.
-    output = resumed or ranks.agree(claim(args.output, words, inputs) if ranks.leads else None)
+    output = resumed or ranks.agree(claim(args.output, words, inputs_of(args)) if ranks.leads else None)
     if ranks.leads and not resumed:
         stack.enter_context(held(output))
     of_ranks = f", {ranks.world} ranks" if ranks.world > 1 else ""
@@ -107,51 +103,47 @@ def _run(args: argparse.Namespace, words: Sequence[str], ranks: Ranks, stack: Ex
     if student.guard is not None and ranks.leads:
         _warn_of_patience(student.guard.patience, student.schedule)
     with in_words(output):
-        outcomes = _trained(runs, wrapper, output, ranks, events=args.tensorboard)
-        scores = {name: evaluate(runs[name].arm, test, settings, ranks) for name in outcomes}
+        _train(runs, wrapper, output, ranks, events=args.tensorboard)
+        runs.pop("teacher", None)
+        scores = {name: evaluate(each.arm, test, settings, ranks) for name, each in runs.items()}
         if ranks.leads:
-            _show(output, outcomes, scores, len(test), ranks)
-            frozen = outcomes["frozen"].records if "frozen" in outcomes else ()
-            draw_report(output / "report.png", student, outcomes["student"], frozen, test, settings.device)
+            _show(output, runs, scores, len(test), ranks)
+            draw_report(output / "report.png", runs, test, settings.device)
     say(f"{output / 'report.png'} shows the run; {time.perf_counter() - begin:.0f} s in all", ranks)
 
 
-def _trained(
+def _train(
     runs: dict[str, Training], wrapper: DistillationUNetWrapper, output: Path, ranks: Ranks, *, events: bool
-) -> dict[str, Outcome]:
-    """Train the arms, one after the other; how those of the student went."""
-    outcomes = {}
+) -> None:
+    """Train the arms, one after the other; the wrapper takes over the weights of a teacher among them."""
     if ranks.leads:
         remove_left_overs([output, *(output / name for name in runs)])
     with RunLog(output, ranks, events=events) as run_log:
         for name, each in runs.items():
             run_log.begin(name, each.steps, each.done)
-            outcomes[name] = each.run(output / name, run_log)
+            each.run(output / name, run_log)
             if ranks.leads:
                 save_atomically(each.arm.unet.state_dict(), output / f"{name}.pth")
             if name == "teacher":
                 wrapper.teacher.load_state_dict(each.arm.unet.state_dict())
-                miou = outcomes.pop(name).records[-1].validation_miou
-                kept = f"kept as {output / 'teacher.pth'}, for --teacher"
-                run_log.tell(f"teacher: validation mIoU {100 * miou:.1f} %; {kept}")
-    return outcomes
+                miou = 100 * each.records[-1].validation_miou
+                run_log.tell(f"teacher: validation mIoU {miou:.1f} %; kept as {output / 'teacher.pth'}, for --teacher")
 
 
-def _asked(
-    args: argparse.Namespace, resumed: Path | None, stack: ExitStack
-) -> tuple[argparse.Namespace, Inputs | None]:
-    """The arguments of the run, and, of an interrupted one, what it read."""
+def _asked(args: argparse.Namespace, resumed: Path | None, stack: ExitStack) -> argparse.Namespace:
+    """The arguments of the run, or of the interrupted one, which has to find what it was begun with."""
     if resumed is None:
         check_output(args.output)
-        return args, None
+        return args
     if others := [n for n, value in vars(parsed([])).items() if n != "resume" and getattr(args, n) != value]:
         raise ValueError(
             f"`--resume` must stand alone, got --{others[0].replace('_', '-')} too; all else is as the run was begun "
             "with, so leave it out, or begin a new run"
         )
-    saved = saved_run(resumed)
+    saved, inputs = saved_run(resumed)
     with in_words(resumed):
         stack.enter_context(held(resumed))
+    refuse_other_inputs(inputs, inputs_of(saved))
     return saved
 
 
@@ -176,16 +168,16 @@ def _settings(args: argparse.Namespace, ranks: Ranks) -> Settings:
     return settings
 
 
-def _show(output: Path, outcomes: dict[str, Outcome], scores: dict[str, Evaluation], images: int, ranks: Ranks) -> None:
+def _show(output: Path, runs: dict[str, Training], scores: dict[str, Evaluation], images: int, ranks: Ranks) -> None:
     """The tables, the scores on the test part, and `result.json`."""
     result: dict[str, Any] = {}
-    for name, outcome in outcomes.items():
-        say(phase_table(outcome.records, f"{name}: loss and mIoU on the validation part"), ranks)
-        if outcome.held:
-            say(f"{name}: {outcome.held}", ranks)
+    for name, each in runs.items():
+        say(phase_table(each.records, f"{name}: loss and mIoU on the validation part"), ranks)
+        if each.held:
+            say(f"{name}: {each.held}", ranks)
     for name, score in scores.items():
         say(f"test part, {images} images, {name}: loss {score.loss:.3f}, mIoU {100 * score.miou:.1f} %", ranks)
-        result[name] = {"test_loss": score.loss, "test_miou": score.miou, **_told(outcomes[name])}
+        result[name] = {"test_loss": score.loss, "test_miou": score.miou, **_told(runs[name])}
     with replacing(output / "result.json") as file:
         file.write(json.dumps(result, indent=2).encode())
 
@@ -295,11 +287,11 @@ def _warn_of_patience(patience: int, schedule: UnfreezeSchedule) -> None:
         )
 
 
-def _told(outcome: Outcome) -> dict[str, Any]:
+def _told(training: Training) -> dict[str, Any]:
     """What the history and the guard add to an arm's result."""
-    around = around_transitions(outcome.records)
+    around = around_transitions(training.records)
     transitions = []
-    for transition in outcome.history:
+    for transition in training.history:
         before, after = around.get(transition.epoch, (None, None))
         transitions.append(
             {
@@ -311,4 +303,4 @@ def _told(outcome: Outcome) -> dict[str, Any]:
                 "validation_loss_after": after,
             }
         )
-    return {"transitions": transitions, "held": outcome.held or None}
+    return {"transitions": transitions, "held": training.held or None}

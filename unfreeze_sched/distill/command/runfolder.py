@@ -8,22 +8,21 @@ import hashlib
 import os
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, NoReturn
 
 from unfreeze_sched._checks import FrozenModel, listed
 from unfreeze_sched.distill.command.arguments import add_arguments
-from unfreeze_sched.distill.command.data import SegmentationData
 
 _FILE = "arguments.json"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _CLOSED = {errno.EACCES, errno.EPERM, errno.EROFS}
 _NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP}  # of file systems that have no hard links
 
-Inputs = dict[str, list[str]]
-"""What a run reads: the name of a file -> for each of that name, the part it belongs to, its size, and its hash."""
+Inputs = dict[str, str]
+"""What a run reads: a file, by its flag and its path below -> its size and its content's hash."""
 
 
 class _Begun(FrozenModel):
@@ -52,21 +51,18 @@ def parsed(words: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
-def inputs_of(args: argparse.Namespace, parts: Mapping[str, SegmentationData]) -> Inputs:
-    """The fingerprint of what a run reads: its images, masks, and files of weights.
-
-    Args:
-        args: The run's.
-        parts: Its data, by name.
-    """
+def inputs_of(args: argparse.Namespace) -> Inputs:
+    """The fingerprint of the images, masks and weights that a run's flags name."""
     found: Inputs = {}
     for flag, value in _paths(args):
-        if Path(value).is_file():
-            found[f"--{flag.replace('_', '-')}"] = [f"weights {_print_of(Path(value))}"]
-    for name, data in parts.items():
-        for pair in data.pairs:
-            for file in (pair.image, pair.mask):
-                found.setdefault(file.label, []).append(f"{name} {_print_of(file.source)}")
+        path = Path(value)
+        within = (file for part in ("images", "masks") for file in sorted((path / part).glob("[!.]*")))
+        for file in within if path.is_dir() else [path]:
+            if file.is_file():
+                with file.open("rb") as content:
+                    digest = hashlib.file_digest(content, "sha256").hexdigest()[:32]
+                name = f"--{flag.replace('_', '-')} {file.relative_to(path).as_posix()}".removesuffix(" .")
+                found[name] = f"{file.stat().st_size} {digest}"
     return found
 
 
@@ -78,13 +74,6 @@ def _paths(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
             yield flag, value
 
 
-def _print_of(source: Path | bytes) -> str:
-    if isinstance(source, bytes):
-        return f"{len(source)} {hashlib.sha256(source).hexdigest()[:32]}"
-    with source.open("rb") as file:
-        return f"{source.stat().st_size} {hashlib.file_digest(file, 'sha256').hexdigest()[:32]}"
-
-
 def refuse_other_inputs(saved: Inputs, now: Inputs) -> None:
     """See that a run goes on with what it was begun with.
 
@@ -94,23 +83,13 @@ def refuse_other_inputs(saved: Inputs, now: Inputs) -> None:
     kinds = {
         "added": [name for name in now if name not in saved],
         "gone": [name for name in saved if name not in now],
-        "changed": [name for name in now if name in saved and _contents(saved[name]) != _contents(now[name])],
+        "changed": [name for name in now if saved.get(name, now[name]) != now[name]],
     }
     if found := [f"{kind}: {listed(names, 3)}" for kind, names in kinds.items() if names]:
         raise ValueError(
             f"`--resume` must find what the run was begun with, got files {'; '.join(found)}; "
             "put them back, or begin a new run"
         )
-    if saved != now:
-        moved = [name for name in now if saved[name] != now[name]]
-        raise ValueError(
-            f"`--resume` must find the parts that the run was begun with, got others for {listed(moved, 3)}; "
-            "put the files back, or begin a new run"
-        )
-
-
-def _contents(files: list[str]) -> list[str]:
-    return sorted(file.partition(" ")[2] for file in files)
 
 
 def check_output(name: str | None) -> None:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,23 +17,12 @@ from unfreeze_sched.distill.command.arms import Arm, Settings
 from unfreeze_sched.distill.command.data import SegmentationData, epoch_generator
 from unfreeze_sched.distill.command.evaluation import evaluate, loaded, shares_of
 from unfreeze_sched.distill.command.ranks import ALONE, Ranks
-from unfreeze_sched.distill.command.records import EpochRecord, Outcome
+from unfreeze_sched.distill.command.records import EpochRecord
 from unfreeze_sched.distill.command.restore import restore
+from unfreeze_sched.distill.command.runlog import RunLog
+from unfreeze_sched.history import Transition
 from unfreeze_sched.optimizer.groups import BLOCK_KEY
 from unfreeze_sched.plan.memory import saved_for_backward
-
-
-class Progress(Protocol):
-    """What the loop tells about itself."""
-
-    def step(self) -> None:
-        """One optimizer step was taken."""
-
-    def tell(self, line: str) -> None:
-        """Blocks joined, or are held back, or have trained for an epoch; one line of text."""
-
-    def epoch(self, record: EpochRecord) -> None:
-        """An epoch is over."""
 
 
 class Training:
@@ -53,6 +42,7 @@ class Training:
     Attributes:
         arm: What is trained.
         parts: What a checkpoint has the states of.
+        records: One an epoch, in order.
         steps: Number of optimizer steps.
         done: Those of an interrupted process.
 
@@ -93,24 +83,31 @@ class Training:
             "scaler": self._scaler,
             "optimizer": self._optimizer,
         }
-        self._records = restore(self.parts, checkpoint) if checkpoint and checkpoint.exists() else []
-        self.done = len(self._records) * self.steps // settings.epochs
+        self.records = restore(self.parts, checkpoint) if checkpoint and checkpoint.exists() else []
+        self.done = len(self.records) * self.steps // settings.epochs
 
-    def run(self, folder: Path, progress: Progress) -> Outcome:
+    @property
+    def history(self) -> tuple[Transition, ...]:
+        """The transitions, the first state included."""
+        return tuple(self._unfreezer.history)
+
+    @property
+    def held(self) -> str:
+        """Why a guard holds further blocks back, with the figures; empty where none does."""
+        return self.arm.guard.reason if self.arm.guard else ""
+
+    def run(self, folder: Path, log: RunLog) -> None:
         """Train.
 
         Args:
             folder: Where `last.pth` is written after each epoch; made where it is not there.
-            progress: Told of steps, transitions and epochs, also of those before an interruption.
-
-        Returns:
-            Epochs and transitions.
+            log: Told of steps, transitions and epochs, also of those before an interruption.
         """
-        arm, records, seed = self.arm, self._records, self._settings.seed
+        arm, records, seed = self.arm, self.records, self._settings.seed
         if self._ranks.leads:
             folder.mkdir(exist_ok=True)
         for record in records:
-            progress.epoch(record)
+            log.epoch(record)
         module = arm.forward
         for epoch in range(len(records), self._settings.epochs):
             draws = np.random.SeedSequence([seed, epoch, 1 + self._ranks.rank])
@@ -122,8 +119,8 @@ class Training:
             rates = {group.get(BLOCK_KEY, "head"): float(group["lr"]) for group in self._optimizer.param_groups}
             joined = tuple(block.name for block in arm.blocks[::-1][before:number])
             if change:
-                progress.tell(_joined(arm, epoch, joined, rates, len(change.added), kept))
-            trained = self._epoch(epoch, module, records[-1].saved_bytes if records and not change else None, progress)
+                log.tell(_joined(arm, epoch, joined, rates, len(change.added), kept))
+            trained = self._epoch(epoch, module, records[-1].saved_bytes if records and not change else None, log)
             self._ranks.follow(arm.unet)
             evaluation = evaluate(arm, self._validation, self._settings, self._ranks)
             records.append(
@@ -139,16 +136,18 @@ class Training:
                     **trained,
                 )
             )
-            held = self._check(evaluation.loss)
+            before_check = self.held
+            if arm.guard is not None and not before_check:
+                arm.guard.step(evaluation.loss)
+            held = "" if before_check else self.held
             if self._ranks.leads:
                 states = {name: part.state_dict() for name, part in self.parts.items()}
                 save_atomically({**states, "records": [each.model_dump() for each in records]}, folder / "last.pth")
-            progress.epoch(records[-1])
+            log.epoch(records[-1])
             for line in _lines(arm, records, held):
-                progress.tell(line)
-        return Outcome(tuple(records), tuple(self._unfreezer.history), arm.guard.reason if arm.guard else "")
+                log.tell(line)
 
-    def _epoch(self, epoch: int, module: Any, saved_bytes: int | None, progress: Progress) -> dict[str, Any]:
+    def _epoch(self, epoch: int, module: Any, saved_bytes: int | None, log: RunLog) -> dict[str, Any]:
         """Train an epoch; what its record tells of it. Without `saved_bytes` the first batch counts them."""
         settings, device, accumulate = self._settings, self._device, self._settings.accumulate
         self.arm.unet.train()
@@ -173,7 +172,7 @@ class Training:
             losses.append(loss.detach())
             if last:
                 self._step()
-                progress.step()
+                log.step()
         sizes = torch.tensor([float(len(batch)) for batch in self._batches], dtype=torch.float64)
         own = torch.stack(losses).cpu().double() * sizes  # the one wait for the device
         total, images_seen = self._ranks.summed(torch.stack([own.sum(), sizes.sum()])).tolist()
@@ -194,14 +193,6 @@ class Training:
         self._optimizer.zero_grad()
         if self._scaler.get_scale() >= scale:  # else gradients had overflowed, and no step was taken
             self._scheduler.step()
-
-    def _check(self, loss: float) -> str:
-        """Why the guard holds further blocks back from this check on; empty where it does not, or did before."""
-        guard = self.arm.guard
-        if guard is None or guard.reason:
-            return ""
-        guard.step(loss)
-        return guard.reason
 
     def _head_steps(self) -> int:
         """The head's step count as AdamW keeps it: a re-created optimizer would begin at 0 again."""
