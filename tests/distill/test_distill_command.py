@@ -25,6 +25,7 @@ from unfreeze_sched import LARGE, MEDIUM, SMALL, MilestonePreset, UnfreezeSchedu
 from unfreeze_sched.cli import main, make_parser  # noqa: E402
 from unfreeze_sched.distill.command import run, training  # noqa: E402
 from unfreeze_sched.distill.command.arguments import preset_from  # noqa: E402
+from unfreeze_sched.distill.command.arms import Settings  # noqa: E402
 from unfreeze_sched.distill.command.ranks import Ranks  # noqa: E402
 from unfreeze_sched.distill.command.runlog import RunLog, warnings_in_one_line  # noqa: E402
 from unfreeze_sched.guards import OverfitGuard  # noqa: E402
@@ -486,6 +487,22 @@ def test_help_needs_no_torch() -> None:
 def test_flags(words: list[str], preset: Any) -> None:
     """A preset or any unfreezing flag implies progressive unfreezing, and a flag overrides the preset's value."""
     assert preset_from(make_parser().parse_args(["distill", *words]), n_images=400) == preset
+
+
+def test_synchronised_norms(data: Path) -> None:
+    """With `--sync-batchnorm` student and teacher-to-be are converted before their blocks are found, which hold the norms."""
+    words = ["distill", "--data", str(data), *SMALL_RUN, "--preset", "large", "--epochs", "9", "--sync-batchnorm"]
+    args = make_parser().parse_args([*words, "--student-encoder", "tu-tf_efficientnet_lite0"])
+    settings = Settings(9, 1e-3, 4, 0, "cpu")
+    wrapper, student = run._student(args, 3, settings, 16)
+    for arm in (student, run._teacher(args, wrapper, settings)):
+        norms = {m for m in arm.unet.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+        assert norms
+        assert {type(norm).__name__ for norm in norms} <= {"SyncBatchNorm", "SyncBatchNormAct"}
+        held = {module for block in arm.blocks for member in block.members for module in member.modules()}  # type: ignore[union-attr]
+        inside = {m for m in arm.unet.encoder.modules() if m in norms}
+        assert inside <= held
+    assert not any(isinstance(module, nn.SyncBatchNorm) for module in wrapper.teacher.modules())
 
 
 def test_saved_bytes_by_hand() -> None:
