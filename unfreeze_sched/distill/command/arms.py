@@ -53,11 +53,7 @@ class Settings:
         return torch.amp.GradScaler(torch.device(self.device).type, enabled=self.precision == "fp16")
 
     def check(self) -> None:
-        """See that the device computes in the precision.
-
-        Raises:
-            ValueError: It does not.
-        """
+        """See that the device computes in the precision."""
         if self.precision == "fp32":
             return
         layer, scaler = nn.Conv2d(1, 1, 3, device=self.device), self.scaler()

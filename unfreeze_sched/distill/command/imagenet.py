@@ -39,11 +39,7 @@ def has_imagenet_package(encoder_name: str) -> bool:
 
 
 def load_first_weights(encoder: nn.Module, encoder_name: str, weights: str) -> None:
-    """Load what `--student-weights` asks for: imagenet, from an installed package or smp's own download; none; a file.
-
-    Raises:
-        ValueError: They cannot be had, or do not fit.
-    """
+    """Load what `--student-weights` asks for: a package's weights, or else smp's own download, none, or a file's."""
     if weights == "imagenet" and has_imagenet_package(encoder_name):
         load_imagenet_weights(encoder, encoder_name)
     else:
@@ -58,11 +54,6 @@ def load_imagenet_weights(encoder: nn.Module, encoder_name: str) -> None:
     images of 32k pixels, all that a Unet takes, its deepest features are those of the image moved by 31 pixels; for
     32k + 1 pixels both agree. In training mode its batch norms add smp's epsilon of 1e-5 to the batch's variance, not
     the 1e-3 that the weights were trained with.
-
-    Raises:
-        ValueError: No package is known for `encoder_name`.
-        ModuleNotFoundError: Its package is missing.
-        CheckpointError: `encoder` is another one; it is then unchanged.
     """
     encoder.load_state_dict(imagenet_state(encoder, encoder_name))
 
@@ -101,10 +92,6 @@ def normalisation(encoder_name: str) -> Normalisation:
 
     Returns:
         Two triples: mean and standard deviation.
-
-    Raises:
-        ValueError: timm has no weights under that name.
-        ModuleNotFoundError: timm is missing.
 
     Example:
         >>> normalisation("timm-tf_efficientnet_lite0")

@@ -80,9 +80,6 @@ class Ranks:
 
         Args:
             name: What was asked for; None takes CUDA where there is some. `cuda` alone is a GPU for each rank.
-
-        Raises:
-            ValueError: There is no such device, or no such device for each rank.
         """
         if name is None:
             name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -111,11 +108,7 @@ ALONE = Ranks()
 
 @contextmanager
 def joined() -> Iterator[Ranks]:
-    """This process among its ranks: alone, or in a process group where torchrun started several.
-
-    Raises:
-        ValueError: `WORLD_SIZE` says that there are several, and nothing says how to reach them.
-    """
+    """This process among its ranks: alone, or in a process group where torchrun started several."""
     if is_launched_alone():
         yield Ranks()
         return

@@ -1,4 +1,7 @@
-"""The folder of a run: claimed by one process, with the command line and a fingerprint of what the run reads."""
+"""The folder of a run: claimed by one process, with the command line and a fingerprint of what the run reads.
+
+What is refused is a ValueError of one line, and what cannot be written an OSError of one.
+"""
 
 from __future__ import annotations
 
@@ -41,11 +44,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parsed(words: Sequence[str]) -> argparse.Namespace:
-    """The arguments of `unfreeze-sched distill`.
-
-    Raises:
-        ValueError: The command takes no such words.
-    """
+    """The arguments of `unfreeze-sched distill`."""
     parser = _Parser(add_help=False)
     add_arguments(parser)
     return parser.parse_args(words)
@@ -75,11 +74,7 @@ def _paths(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
 
 
 def refuse_other_inputs(saved: Inputs, now: Inputs) -> None:
-    """See that a run goes on with what it was begun with.
-
-    Raises:
-        ValueError: Files were added, removed or changed.
-    """
+    """See that a run goes on with what it was begun with."""
     kinds = {
         "added": [name for name in now if name not in saved],
         "gone": [name for name in saved if name not in now],
@@ -93,11 +88,7 @@ def refuse_other_inputs(saved: Inputs, now: Inputs) -> None:
 
 
 def check_output(name: str | None) -> None:
-    """See that a run can be begun in a folder; nothing is made.
-
-    Raises:
-        ValueError: There is something in it, or it cannot be written.
-    """
+    """See that a run can be begun in a folder; nothing is made."""
     folder = Path(name or "runs")
     if name and folder.exists() and (not folder.is_dir() or not all(map(_left_over, folder.iterdir()))):
         raise ValueError(
@@ -122,9 +113,6 @@ def claim(name: str | None, words: Sequence[str], inputs: Inputs) -> Path:
         name: Its path; None names it by the time.
         words: The command line.
         inputs: What the run reads.
-
-    Raises:
-        ValueError: Another run was quicker.
     """
     content = _Begun(words=tuple(words), folder=str(Path.cwd()), inputs=inputs).model_dump_json(indent=1)
     begin, attempt = time.strftime("%Y%m%d-%H%M%S"), 1
@@ -161,11 +149,7 @@ def _create(path: Path, content: str) -> None:
 
 
 def saved_run(output: Path) -> tuple[argparse.Namespace, Inputs]:
-    """The arguments that the run in a folder was begun with, and what it read.
-
-    Raises:
-        ValueError: It is no folder of a run, or of another version's.
-    """
+    """The arguments that the run in a folder was begun with, and what it read."""
     path = output / _FILE
     try:
         # A pipe of that name would be waited for.
@@ -184,11 +168,7 @@ def saved_run(output: Path) -> tuple[argparse.Namespace, Inputs]:
 
 @contextmanager
 def held(output: Path) -> Iterator[None]:
-    """Within it no other process goes on with the run; the system lets go of a process that is killed.
-
-    Raises:
-        ValueError: Another process is at work in the folder.
-    """
+    """Within it no other process goes on with the run; the system lets go of a process that is killed."""
     with (output / _FILE).open("r+b") as file:
         with suppress(ModuleNotFoundError):  # Windows
             _lock(file, output)
@@ -210,11 +190,7 @@ def _lock(file: IO[bytes], output: Path) -> None:
 
 @contextmanager
 def in_words(output: Path) -> Iterator[None]:
-    """Say what to do where the folder of a run cannot be written.
-
-    Raises:
-        OSError: With one line.
-    """
+    """Say what to do where the folder of a run cannot be written."""
     try:
         yield
     except OSError as error:

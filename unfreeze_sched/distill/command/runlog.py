@@ -17,11 +17,7 @@ from unfreeze_sched.distill.command.records import EpochRecord
 
 
 def check_tensorboard() -> None:
-    """See that TensorBoard is there, before anything is trained.
-
-    Raises:
-        ModuleNotFoundError: It is not installed.
-    """
+    """See that TensorBoard is there, before anything is trained."""
     try:
         import torch.utils.tensorboard  # noqa: F401, PLC0415  # an extra, on use alone
     except ImportError:
