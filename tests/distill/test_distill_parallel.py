@@ -97,7 +97,7 @@ def test_figures_are_those_of_all_ranks(two: tuple[Path, str]) -> None:
     ours, theirs = (held(folder, "student", rank)["sums"] for rank in range(2))
     args, _ = saved_run(folder / "run")
     settings = _settings(args, Ranks())
-    _, validation, _ = data_of(args)
+    _, validation, _ = data_of(args, print)
     args.teacher = str(folder / "run" / "teacher.pth")
     _, arm = _student(args, 3, settings, 18)
     for epoch, record in enumerate(records(folder)):

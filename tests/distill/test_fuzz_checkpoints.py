@@ -39,7 +39,7 @@ from unfreeze_sched.distill import checkpoints  # noqa: E402  # likewise
 from unfreeze_sched.distill.checkpoints import CheckpointError, load_segmentation_state, read_checkpoint  # noqa: E402  # likewise
 from unfreeze_sched.distill.command import restore  # noqa: E402  # likewise
 from unfreeze_sched.distill.command.arms import Settings  # noqa: E402  # likewise
-from unfreeze_sched.distill.command.data import load_folder  # noqa: E402  # likewise
+from unfreeze_sched.distill.command.data import load_folders  # noqa: E402  # likewise
 from unfreeze_sched.distill.command.training import Training  # noqa: E402  # likewise
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch.serialization")
@@ -70,7 +70,7 @@ def states_of(parts: Parts) -> dict[str, Any]:
 def saved(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """The checkpoint of a run of the training loop, interrupted after its second epoch."""
     folder = tmp_path_factory.mktemp("run")
-    data = load_folder(write_images(folder, 4), image_size=16)
+    (data,) = load_folders(write_images(folder, 4), image_size=16)
     settings = Settings(epochs=3, lr=0.01, batch_size=2, seed=0, device="cpu")
     with pytest.raises(InterruptedRunError):
         Training(arm(0), data, data, settings).run(folder, Interrupting())

@@ -516,7 +516,7 @@ RESNET = ["--total-epochs", "50", "--encoder", "resnet18"]
         (["--total-epochs", "50", "--encoder", "tu-efficientnet_b99"], "got 'tu-efficientnet_b99'; did you mean efficientnet"),
         (["--total-epochs", "50", "--encoder", "timm-vit_tiny_patch16_224"], "knows, got 'timm-vit_tiny_patch16_224'; did you"),
         (["--total-epochs", "50", "--encoder", "?"], "knows, got '?'; see smp.encoders.get_encoder_names() and timm.list_m"),
-        (["--total-epochs", "50", "--encoder", "hf-hub:timm/resnet18"], "a name that smp or timm knows, got 'hf-hub:timm/r"),
+        (["--total-epochs", "50", "--encoder", "hf-hub:some/resnet18"], "a name that smp or timm knows, got 'hf-hub:some/r"),
         (
             ["--total-epochs", "50", "--encoder", "tu-vit_tiny_patch16_224"],
             "must be one that can be built without weights, got tu-vit_tiny_patch16_224 (ValueError: Unsupported model dow",
@@ -589,6 +589,23 @@ def test_old_names_that_smp_still_maps(name: str) -> None:
     pytest.importorskip("segmentation_models_pytorch")
     measured = memory.measure(name, (64, 64), 2, "sgd", "eval")
     assert (measured.encoder.name, measured.encoder.model) == (name, "smp.Unet")
+
+
+@pytest.mark.parametrize("prefix", ["timm/", "hf_hub:timm/", "hf-hub:timm/"])
+def test_a_model_cards_name(prefix: str, capsys: Any) -> None:
+    """A name as the hub spells it is timm's model, for whose plan no weights are asked."""
+    words = ["plan", "--total-epochs", "50", "--json", "--encoder"]
+    assert main([*words, "resnet18.a1_in1k"]) == 0
+    plain = json.loads(capsys.readouterr().out)
+    assert main([*words, f"{prefix}resnet18.a1_in1k"]) == 0
+    hub = json.loads(capsys.readouterr().out)
+    assert plain["encoder"].pop("name") == "resnet18.a1_in1k"
+    assert hub["encoder"].pop("name") == f"{prefix}resnet18.a1_in1k"
+    assert hub == plain
+    assert main([*words[:-2], "--encoder", f"{prefix}resnet18"]) == 0
+    assert capsys.readouterr().out.startswith("timm's resnet18, ")  # and not smp's of that name
+    assert main([*words, f"{prefix}resnet18s"]) == 2
+    assert "did you mean resnet18 " in capsys.readouterr().err
 
 
 def test_timm_alone_will_do(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

@@ -6,6 +6,7 @@ The model is built by its name on the meta device, and run on tensors that have 
 from __future__ import annotations
 
 import difflib
+import re
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -235,21 +236,22 @@ def _built(name: str, image_size: Size | None) -> tuple[nn.Module, str]:
         )
     smp_names = set(smp.encoders.get_encoder_names()) if smp else set()
     is_model = timm.is_model if timm else lambda _: False
+    bare = re.sub(r"^(hf[_-]hub:)?timm/", "", name)  # as model cards spell it; the hub has the weights alone
     prefix, _, rest = name.partition("-")  # `tu-` stands before timm's name; `timm-` did, and smp still maps most of it
     try:
         # A KeyError is smp's word for a name that it does not know, with all that it knows.
         with suppress(KeyError), torch.device("meta"), _RealRanges():
             if name in smp_names or (smp and prefix in {"tu", "timm"} and (is_model(rest) or is_model(f"tf_{rest}"))):
                 return smp.Unet(name, encoder_weights=None), "smp.Unet"
-            if is_model(name) and ":" not in name:  # such a prefix asks a hub
-                return _timm_model(timm, name, image_size), "timm"
+            if is_model(bare) and ":" not in bare:  # such a prefix asks a hub
+                return _timm_model(timm, bare, image_size), "timm"
     except Exception as error:
         raise ValueError(
             f"`--encoder` must be one that can be built without weights, got {name} ({_first_line(error)}); "
             "take another, or plan with --blocks"
         ) from error
     known = sorted(smp_names | set(timm.list_models() if timm else ()))
-    near = difflib.get_close_matches(name, known, 3)
+    near = difflib.get_close_matches(bare, known, 3)
     hint = (
         f"did you mean {' or '.join(near)}" if near else "see smp.encoders.get_encoder_names() and timm.list_models()"
     )

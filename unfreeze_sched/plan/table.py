@@ -34,7 +34,11 @@ def title(plan: Plan) -> str:
     preset = named + ", ".join(f"{name} {value}" for name, value in fields.items())
     what = ""
     if encoder:
-        model = f"{encoder.name} in {encoder.model}" if encoder.model != "timm" else f"timm's {encoder.name}"
+        model = (
+            f"{encoder.name} in {encoder.model}"
+            if encoder.model != "timm"
+            else f"timm's {encoder.name.rpartition('/')[2]}"
+        )
         what = f"{model}, {_parameters(encoder.parameters)} parameters, "
     blocks = f"{schedule.total_blocks} block{'s' if schedule.total_blocks > 1 else ''}"
     epochs = f"{schedule.total_epochs} epoch{'s' if schedule.total_epochs > 1 else ''}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from unfreeze_sched._checks import short
 from unfreeze_sched.arguments import add_flags, integer, number, preset_from
 
 __all__ = ["add_arguments", "preset_from"]
@@ -11,12 +12,29 @@ __all__ = ["add_arguments", "preset_from"]
 # Those of the shared flags that the reference run has; `--norms` there asks for no unfreezing.
 _FLAGS = ("progressive_unfreeze", "unfreeze_preset", "unfreeze_start", "unfreeze_rate", "learning_rate_scale")
 
+_MOST_CLASSES = 255
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the reference run; the guide's own flags have both spellings, dashed and underscored."""
+    parser.epilog = "Your own images and masks: unfreeze_sched/distill/command/your_data.md, in the package."
     data = parser.add_argument_group("data")
     data.add_argument(
-        "--data", metavar="DIR", help="folder with images/ and masks/ (class-index PNGs); default: the embedded sample"
+        "--data",
+        metavar="DIR",
+        help="folder with images/ and masks/, each mask named as its image, of class indices or "
+        "of 0 and 255; default: the embedded sample",
+    )
+    data.add_argument("--val", metavar="DIR", help="a folder like it to validate on (default: a fifth of the images)")
+    data.add_argument("--test", metavar="DIR", help="a folder like it to test on at the end (default: a fifth)")
+    data.add_argument(
+        "--classes",
+        type=integer(2, most=_MOST_CLASSES),
+        metavar="N",
+        help="their number, background included (default: as the masks have it)",
+    )
+    data.add_argument(
+        "--mask-values", type=_values, metavar="A,B,...", help="the masks' value of class 0, of class 1 and so on"
     )
     data.add_argument(
         "--image-size",
@@ -119,3 +137,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     training.add_argument("--tensorboard", action="store_true", help="also write TensorBoard's events into the folder")
     training.add_argument("--output", metavar="DIR", help="a new folder (default: runs/ and the time)")
+
+
+def _values(text: str) -> str:
+    """The values of classes, checked, and as they were written, since a run's arguments are kept as JSON."""
+    try:
+        values = [int(word) for word in text.split(",")]
+    except ValueError:
+        values = []
+    if not 1 < len(set(values)) == len(values) <= _MOST_CLASSES or min(values) < 0 or max(values) >= 2**16:
+        raise argparse.ArgumentTypeError(
+            f"must be 2 to 255 different values from 0 to 65535, such as 0,127,255, got {short(text)}"
+        )
+    return text

@@ -1,11 +1,13 @@
-"""Images with class-index masks: the embedded sample, or a folder of one's own; the order is a function of a generator.
+"""Images with masks: the embedded sample, or folders of one's own; the order is a function of a generator.
 
 Files are decoded when asked for, so a folder may be large; the embedded sample is kept decoded, as uint8.
 """
 
 import io
+import os
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
@@ -17,7 +19,19 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from unfreeze_sched.distill.command.files import DataError, File, Pair, mask_indices, pairs_of, read_pair
+from unfreeze_sched.distill.command.files import (
+    DataError,
+    File,
+    Pair,
+    Values,
+    as_rgb,
+    central,
+    printable,
+    read_pair,
+    values_of,
+)
+from unfreeze_sched.distill.command.masks import look, settle
+from unfreeze_sched.distill.command.pairs import pairs_of
 from unfreeze_sched.distill.loss import IGNORE_INDEX
 
 CLASS_NAMES = ("background", "animal", "food", "vehicle", "face")
@@ -25,6 +39,9 @@ CLASS_NAMES = ("background", "animal", "food", "vehicle", "face")
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+_MANY = 1_000  # images that take a while
+_LARGE = 178_956_970  # pixels: where Pillow warns
 
 Triple = tuple[float, float, float]
 
@@ -34,7 +51,7 @@ class SegmentationData(Dataset[tuple[Tensor, Tensor]]):
     """Images and masks in a fixed order; an item is ``(image, mask)``, normalised, without augmentation.
 
     An image is cut to its central square and scaled to ``image_size`` (bilinear, antialiased); the mask goes the same
-    way, nearest. EXIF rotation is applied to the image. The normalised value is ``(v / 255 - mean) / std``, by band.
+    way, nearest. EXIF rotation is applied. The normalised value is ``(v / 255 - mean) / std``, by band.
 
     Attributes:
         pairs: the files, in order.
@@ -42,6 +59,8 @@ class SegmentationData(Dataset[tuple[Tensor, Tensor]]):
         image_size: side of the square that items have, in pixels.
         mean: by band, R, G, B, for values from 0 to 1.
         std: likewise.
+        meaning: class index, 255, or -1 for none, by value of the masks; None where values are class indices.
+        white: the value of a 16-bit image that becomes 255.
         cache: keeps decoded items when it is a dict; parts of one `split` share it.
 
     Example:
@@ -56,6 +75,8 @@ class SegmentationData(Dataset[tuple[Tensor, Tensor]]):
     image_size: int
     mean: Triple = IMAGENET_MEAN
     std: Triple = IMAGENET_STD
+    meaning: Values | None = None
+    white: int = 2**16 - 1
     cache: dict[str, tuple[Tensor, Tensor]] | None = field(default=None, repr=False)
 
     @property
@@ -76,17 +97,10 @@ class SegmentationData(Dataset[tuple[Tensor, Tensor]]):
         return self.normalised(image.float() / 255), mask.long()
 
     def raw(self, index: int) -> tuple[Tensor, Tensor]:
-        """Read an item as it is kept.
-
-        Args:
-            index: 0-based position.
-
-        Returns:
-            The image, uint8 of shape (3, image_size, image_size), and the mask, uint8 of shape (image_size,
-            image_size), its values class indices or 255. They are not to be written to.
+        """An item as it is kept, both uint8: the image (3, side, side), the mask's class indices or 255 (side, side).
 
         Raises:
-            DataError: a file is unreadable, or the mask does not fit the image or the classes.
+            DataError: a file is not any more what it was when it was looked at.
         """
         pair = self.pairs[index]
         if self.cache is None:
@@ -100,64 +114,33 @@ class SegmentationData(Dataset[tuple[Tensor, Tensor]]):
         mean, std = (torch.tensor(triple, device=image.device).view(3, 1, 1) for triple in (self.mean, self.std))
         return (image - mean) / std
 
-    def check(self) -> None:
-        """Read every file once, so that a broken one shows before training.
-
-        Raises:
-            DataError: as `raw` does.
-        """
-        for index in range(len(self)):
-            self.raw(index)
-
-    def split(self, validation_fraction: float, seed: int) -> tuple["SegmentationData", "SegmentationData"]:
-        """Part the data in two at random, ``round(validation_fraction * N)`` images going to the second.
-
-        Args:
-            validation_fraction: between 0 and 1, both exclusive; neither part may come out empty.
-            seed: 0 or more; the same seed gives the same parts.
-
-        Returns:
-            The training and the validation part; each keeps the order of the whole.
-
-        Raises:
-            DataError: a part would be empty.
+    def split(self, fraction: float, seed: int) -> tuple["SegmentationData", "SegmentationData"]:
+        """Part the data in two, each in the order of the whole; ``round(fraction * N)`` random images are the second.
 
         Example:
             >>> train, validation = load_sample("train").split(0.1, seed=0)
             >>> len(train), len(validation)
             (360, 40)
         """
-        held = round(validation_fraction * len(self)) if 0 < validation_fraction < 1 else 0
-        if not 0 < held < len(self):
-            raise DataError(
-                f"`validation_fraction` must leave images in both parts of {len(self)}, got {validation_fraction}; "
-                "choose one between 0 and 1, or add images",
-            )
+        held = round(fraction * len(self))
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).tolist()
         parts = sorted(order[held:]), sorted(order[:held])
         train, validation = (replace(self, pairs=tuple(self.pairs[i] for i in part)) for part in parts)
         return train, validation
 
     def epoch(self, generator: torch.Generator, *, flip: bool = True, jitter: float = 0.0) -> "EpochView":
-        """One epoch's order and augmentation, all drawn here from the generator.
+        """One epoch's order and augmentation, all drawn here from a CPU generator.
 
         So a loader over the view needs no shuffling, and its workers, however many, draw nothing.
 
         Args:
-            generator: a CPU generator, such as `epoch_generator` makes.
+            generator: such as `epoch_generator` makes.
             flip: mirrors half of the images left to right, with their masks.
             jitter: brightness and contrast are each scaled by a factor from ``1 - jitter`` to ``1 + jitter``; 0 to 1.
-
-        Returns:
-            A dataset of the same length and kind of item.
-
-        Raises:
-            DataError: ``jitter`` is out of range.
 
         Example:
             >>> data = load_sample("test")
             >>> view = data.epoch(epoch_generator(seed=0, epoch=3), jitter=0.2)
-            >>> loader = torch.utils.data.DataLoader(view, batch_size=16)
             >>> view.order == data.epoch(epoch_generator(seed=0, epoch=3), jitter=0.2).order
             True
         """
@@ -169,13 +152,14 @@ class SegmentationData(Dataset[tuple[Tensor, Tensor]]):
         return EpochView(self, tuple(order.tolist()), tuple(flips.tolist()), tuple(map(tuple, factors.tolist())))
 
     def _decoded(self, pair: Pair) -> tuple[Tensor, Tensor]:
-        image, indices = read_pair(pair, self.classes)
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        box, size = (left, top, left + side, top + side), (self.image_size, self.image_size)
-        pixels = np.array(image.convert("RGB").resize(size, Image.Resampling.BILINEAR, box))
-        mask = np.array(Image.fromarray(indices.astype(np.uint8)).resize(size, Image.Resampling.NEAREST, box))
-        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), torch.from_numpy(mask)
+        image, mask, _ = read_pair(pair)
+        box, size = central(image), (self.image_size, self.image_size)
+        pixels = np.array(as_rgb(image, self.white).resize(size, Image.Resampling.BILINEAR, box))
+        values = Image.fromarray(values_of(mask, pair.mask.label)).resize(size, Image.Resampling.NEAREST, box)
+        indices = np.array(values) if self.meaning is None else self.meaning[np.asarray(values)]
+        if indices.min() < 0:
+            raise DataError(f"{pair.mask.label} must stay as it was at the start, got other values; start a new run")
+        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), torch.from_numpy(indices.astype(np.uint8))
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,18 +194,9 @@ class EpochView(Dataset[tuple[Tensor, Tensor]]):
 
 
 def epoch_generator(seed: int, epoch: int) -> torch.Generator:
-    """Make the CPU generator that belongs to a seed and an epoch, whatever was drawn before.
-
-    Args:
-        seed: the run's seed, 0 or more.
-        epoch: 0-based.
-
-    Returns:
-        A new generator.
+    """The CPU generator of a seed and a 0-based epoch, whatever was drawn before.
 
     Example:
-        >>> epoch_generator(0, 7).initial_seed() == epoch_generator(0, 7).initial_seed()
-        True
         >>> epoch_generator(0, 7).initial_seed() == epoch_generator(7, 0).initial_seed()
         False
     """
@@ -236,19 +211,9 @@ def load_sample(
     mean: Triple = IMAGENET_MEAN,
     std: Triple = IMAGENET_STD,
 ) -> SegmentationData:
-    """Load a part of the embedded sample: 400 training or 200 test images of 128 x 128 pixels in five classes.
+    """A part of the embedded sample: 400 training or 200 test images of 128 x 128 pixels in five classes.
 
-    Args:
-        split: ``"train"`` or ``"test"``; they share no object and no background.
-        image_size: side of an item in pixels, 1 or more.
-        mean: the encoder's mean by band, for values from 0 to 1.
-        std: the encoder's deviation by band.
-
-    Returns:
-        The data; items are kept decoded once read.
-
-    Raises:
-        DataError: an argument is out of range.
+    The two share no object and no background. `mean` and `std` are the encoder's, by band, for values from 0 to 1.
 
     Example:
         >>> data = load_sample("train", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
@@ -257,7 +222,6 @@ def load_sample(
     """
     if split not in ("train", "test"):
         raise DataError(f"`split` must be 'train' or 'test', got {split!r}; take 'train' and its .split() to validate")
-    _check_size(image_size)
     stored = (resources.files("unfreeze_sched.distill.command") / "sample" / "sample.zip").read_bytes()
     with zipfile.ZipFile(io.BytesIO(stored)) as archive:
         files = [File(name, archive.read(name)) for name in archive.namelist() if name.startswith(f"{split}/")]
@@ -266,63 +230,64 @@ def load_sample(
     return SegmentationData(pairs, CLASS_NAMES, image_size, mean, std, cache={})
 
 
-def load_folder(
-    path: str | Path,
-    *,
-    classes: int | Sequence[str] | None = None,
+def load_folders(
+    *folders: str | Path,
+    classes: int | None = None,
+    mask_values: Sequence[int] | None = None,
     image_size: int = 256,
     mean: Triple = IMAGENET_MEAN,
     std: Triple = IMAGENET_STD,
-    cache: bool = False,
-) -> SegmentationData:
-    """Load ``path/images/`` with ``path/masks/``: an image and its mask share their stem.
+    tell: Callable[[str], object] = lambda _: None,
+) -> list[SegmentationData]:
+    """The data of folders with `images/` and `masks/` each, sorted by stem, as the guide `your_data.md` has it.
 
-    Images are .jpg, .jpeg, .png, .webp or .bmp, in any mode; masks are .png of one band (mode L, P, 1 or I;16) holding
-    0-based class indices, or 255 for pixels to ignore. Names are checked here, files when they are read (`check`).
+    Every file is read once, here, before a value gets a meaning, which is the same in all the folders.
 
     Args:
-        path: the folder.
-        classes: their number, 1 to 255, background included, or their names by index; None reads every mask once and
-            takes the largest index + 1.
-        image_size: side of an item in pixels, 1 or more; see `SegmentationData` for how images are cut and scaled.
-        mean: the encoder's mean by band, for values from 0 to 1.
-        std: the encoder's deviation by band.
-        cache: keeps items decoded once read: ``4 * image_size ** 2`` bytes each.
-
-    Returns:
-        The data, sorted by stem.
+        *folders: one or more.
+        classes: their number, 2 to 255, background included; None counts them.
+        mask_values: the value of each class in the masks, by index; None takes class indices, or 0 and 255.
+        image_size: side of an item in pixels; see `SegmentationData` for how images are cut and scaled.
+        mean: the encoder's, by band, for values from 0 to 1.
+        std: likewise.
+        tell: is given each line on how the files are read.
 
     Raises:
-        DataError: a folder is missing or empty, an image has no mask or a mask no image, or there is no class.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     for part, mode in (("images", "RGB"), ("masks", "L")):
-        ...         (Path(folder) / part).mkdir()
-        ...         Image.new(mode, (40, 30)).save(Path(folder) / part / "a.png")
-        ...     data = load_folder(folder, classes=["background", "road"], image_size=32)
-        >>> data.names, data.classes
-        (('a',), 2)
+        DataError: something cannot be read, or could be read in more than one way.
     """
-    _check_size(image_size)
-    pairs = pairs_of(Path(path))
-    return SegmentationData(pairs, _class_names(classes, pairs), image_size, mean, std, {} if cache else None)
-
-
-def _check_size(image_size: int) -> None:
-    if image_size < 1:
-        raise DataError(f"`image_size` must be 1 or more, got {image_size}; encoders mostly want a multiple of 32")
-
-
-def _class_names(classes: int | Sequence[str] | None, pairs: tuple[Pair, ...]) -> tuple[str, ...]:
-    if classes is None:
-        found = (indices[indices != IGNORE_INDEX] for indices in map(mask_indices, (pair.mask for pair in pairs)))
-        classes = max((int(indices.max()) + 1 for indices in found if indices.size), default=0)
-        if not classes:
-            raise DataError("the masks must hold a class, got only 255, which is ignored; write indices 0, 1, ...")
-    names = tuple(map(str, range(classes))) if isinstance(classes, int) else tuple(classes)
-    if not 1 <= len(names) <= IGNORE_INDEX:
-        count = classes if isinstance(classes, int) else len(names)
-        raise DataError(f"`classes` must be from 1 to 255, got {count}; the background counts as one")
-    return names
+    parts = []
+    for place, folder in enumerate(folders):
+        pairs, lines = pairs_of(Path(folder), f"{folder}/" if place else "")
+        parts.append(pairs)
+        for line in lines:
+            tell(printable(line))
+    if (number := sum(map(len, parts))) >= _MANY:
+        tell(f"{number} images and masks are looked at first")
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        looks = [list(pool.map(look, pairs)) for pairs in parts]
+    every = [each for part in looks for each in part]
+    index, number, line = settle(every, classes, mask_values)
+    if line:
+        tell(line)
+    if peak := max(each.peak for each in every):
+        white = next(2**bits - 1 for bits in (8, 10, 12, 14, 16) if peak < 2**bits)
+        tell(f"images of 16 bits hold values up to {peak}: 0 to {white} are scaled to 0 to 255")
+    if (most := max(each.pixels for each in every)) > _LARGE:
+        tell(f"the largest image has {most // 10**6} megapixels; images cut into tiles are read faster")
+    meaning = np.full(2**16, -1, np.int16)
+    meaning[list(index)] = list(index.values())
+    return [
+        SegmentationData(
+            tuple(
+                replace(pair, classes=frozenset(index[value] for value in each.seen) - {IGNORE_INDEX})
+                for pair, each in zip(pairs, part, strict=True)
+            ),
+            tuple(map(str, range(number))),
+            image_size,
+            mean,
+            std,
+            meaning,
+            white if peak else 255,
+        )
+        for pairs, part in zip(parts, looks, strict=True)
+    ]

@@ -1,33 +1,43 @@
-"""Image files and their class-index masks: found by name, read, and checked."""
+"""Image files and their masks, read as they are stored and the right way up; a mask's values get no meaning here."""
 
 import io
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageSequence, UnidentifiedImageError
 
-from unfreeze_sched.distill.loss import IGNORE_INDEX
+from unfreeze_sched._checks import listed
 
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-_MASK_MODES = ("L", "P", "1", "I;16", "I")
-_NAMED = 5  # file names in one error text
+_MOST_PIXELS = 2**30
+# By content, whatever the names say. Pillow reads more: for some, such as EPS, it starts a program.
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "I", "I;16", "I;16B")
+# By EXIF orientation, from 2 to 8.
+_TURNS = (
+    *(Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM),
+    *(Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90),
+)
 
-Indices = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
+Values = np.ndarray[tuple[int, ...], np.dtype[np.integer[Any]]]
 
 
 class DataError(ValueError):
     """The images or masks cannot be used; one line says what, and one fix."""
 
+    def __init__(self, text: str) -> None:
+        super().__init__(printable(text))
+
+
+def printable(text: str) -> str:
+    """A text without what a terminal obeys or cannot show, which names of files may have."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
 
 @dataclass(frozen=True)
 class File:
-    """An image file.
-
-    Attributes:
-        label: its name in error texts.
-        source: its path, or its bytes.
-    """
+    """An image file: its name in error texts, and its path or its bytes."""
 
     label: str
     source: Path | bytes
@@ -35,112 +45,121 @@ class File:
 
 @dataclass(frozen=True)
 class Pair:
-    """An image and its mask.
-
-    Attributes:
-        name: the stem both share.
-        image: the image's file.
-        mask: the mask's file.
-    """
+    """An image and its mask, by the image's stem, and the class indices found in the mask's central square."""
 
     name: str
     image: File
     mask: File
+    classes: frozenset[int] = frozenset()
 
 
-def pairs_of(folder: Path) -> tuple[Pair, ...]:
-    """The images of `folder/images/` with their masks in `folder/masks/`, sorted by stem; no file is opened.
-
-    Raises:
-        DataError: a folder is missing or empty, or an image or mask is without its other half.
-    """
-    for part in ("images", "masks"):
-        if not (folder / part).is_dir():
-            raise DataError(f"{folder / part} must be a folder, got none; the data is DIR with images/ and masks/")
-    images = _by_stem(folder / "images", _IMAGE_SUFFIXES)
-    masks = _by_stem(folder / "masks", (".png",))
-    if not images:
-        raise DataError(f"{folder / 'images'} must hold an image, got none; {', '.join(_IMAGE_SUFFIXES)} are read")
-    if bare := [file.name for stem, file in images.items() if stem not in masks]:
-        raise DataError(f"each image must have a mask, got none for {_listed(bare)}; add masks/STEM.png")
-    if lone := [file.name for stem, file in masks.items() if stem not in images]:
-        raise DataError(
-            f"each mask must have an image, got none for {_listed(lone)}; add the images or remove the masks"
-        )
-    return tuple(
-        Pair(stem, File(f"images/{images[stem].name}", images[stem]), File(f"masks/{masks[stem].name}", masks[stem]))
-        for stem in sorted(images)
-    )
-
-
-def read_pair(pair: Pair, classes: int) -> tuple[Image.Image, Indices]:
-    """Read an image, and its mask's indices, of shape (H, W).
+def read_pair(pair: Pair) -> tuple[Image.Image, Image.Image, bool]:
+    """An image and its mask in RGB or one band of up to 16 bits, and whether the mask's format changes values.
 
     Raises:
-        DataError: a file is unreadable, or the mask does not fit the image or the classes.
+        DataError: a file is unreadable, the sizes differ, or it is not known whether the mask turns with its image.
     """
-    image = _opened(pair.image)
-    indices = mask_indices(pair.mask)
-    if image.size != indices.shape[::-1]:
+    stored, turn, _ = _opened(pair.image)
+    mask, own, lossy = _opened(pair.mask)
+    image = _turned(stored, turn)
+    if own == 1 != turn and mask.size == stored.size:  # a mask without a tag: its size may tell how it lies
+        if stored.size == image.size:
+            raise DataError(
+                f"{pair.image.label} must say whether its mask turns with it, got EXIF orientation {turn}, and a mask "
+                "that fits both ways; remove the tag if the mask lies as the stored pixels do, else turn the pixels"
+            )
+        own = turn
+    mask = _turned(mask, own)
+    if image.size != mask.size:
         raise DataError(
-            f"{pair.mask.label} must have its image's size {_by(*image.size)}, got {_by(*indices.shape[::-1])}; "
+            f"{pair.mask.label} must have its image's size {_by(image)}, got {_by(mask)}; "
             "export the mask at the image's resolution",
         )
-    _check_indices(pair.mask, indices, classes)
-    return image, indices
+    return image, mask, lossy
 
 
-def _opened(file: File) -> Image.Image:
-    """The file, decoded to the end, the right way up."""
+def central(image: Image.Image) -> tuple[int, int, int, int]:
+    """The box of the central square, of which items are made."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return left, top, left + side, top + side
+
+
+def as_rgb(image: Image.Image, white: int) -> Image.Image:
+    """The image in RGB of 8 bits; of more bits, `white` becomes 255."""
+    if image.mode[0] == "I":
+        values = np.asarray(image).astype(np.int64).clip(0, white)
+        image = Image.fromarray(((values * 255 + white // 2) // white).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def values_of(mask: Image.Image, label: str) -> Values:
+    """A mask's values, of shape (H, W), uint8 or int32: a palette's indices, 0 and 255 of 1 bit, grey in any mode.
+
+    Raises:
+        DataError: it has colours, or is transparent in part.
+    """
+    if mask.mode[0] == "I":
+        return np.asarray(mask).astype(np.int32)
+    if mask.mode in ("1", "L", "P"):
+        return np.asarray(mask.convert("L") if mask.mode == "1" else mask)
+    bands = np.asarray(mask.convert("RGBA"))
+    bands = bands[..., : 3 + bool(np.ptp(bands[..., 3]))]
+    if np.ptp(bands, axis=-1).any():
+        colours = [str(tuple(colour)) for colour in np.unique(bands.reshape(-1, bands.shape[-1]), axis=0).tolist()]
+        raise DataError(
+            f"{label} must be a class-index mask of one band, got the colours {listed(colours, 5)}; "
+            "map them to indices 0, 1, ... and save it in mode L"
+        )
+    return bands[..., 0]
+
+
+def _opened(file: File) -> tuple[Image.Image, int, bool]:
+    """The file, decoded to the end, with its EXIF orientation, and whether its format changes values."""
+    Image.MAX_IMAGE_PIXELS = None  # Pillow stops at 179 megapixels, which satellite images have
     try:
-        with Image.open(io.BytesIO(file.source) if isinstance(file.source, bytes) else file.source) as image:
+        source = io.BytesIO(file.source) if isinstance(file.source, bytes) else file.source
+        with Image.open(source, formats=_FORMATS) as image:
+            if image.mode not in _MODES:
+                raise ValueError(f"mode {image.mode}, not of 8 or 16 bits")  # noqa: TRY301  # as a decoder's own
+            if image.width * image.height > _MOST_PIXELS:
+                raise ValueError(f"{_by(image)} pixels, more than {_MOST_PIXELS}")  # noqa: TRY301
+            if (pages := _pages(image)) > 1:
+                raise ValueError(f"{pages} pages")  # noqa: TRY301
+            turn = _orientation(image) if image.format == "TIFF" else 1  # which Pillow turns when it loads it
             image.load()
-            return ImageOps.exif_transpose(image)
+            if image.mode == "I" and (np.asarray(image) >> 16).any():
+                raise ValueError("values beyond 16 bits")  # noqa: TRY301
+            turn = max(turn, _orientation(image))
+            packing = str(image.info.get("compression"))
+            lossy = image.format in ("JPEG", "MPO", "WEBP") or "jpeg" in packing or "webp" in packing
+            if turn != _orientation(image):
+                return _turned(image, {6: 8, 8: 6}.get(turn, turn)), turn, lossy
+            return image, turn, lossy
     except UnidentifiedImageError:
         reason = "an unknown format"
-    except (OSError, SyntaxError, ValueError) as error:
-        reason = str(error)
+    except Exception as error:  # noqa: BLE001  # decoders raise anything on broken bytes
+        reason = str(error) or type(error).__name__
     raise DataError(f"{file.label} must be a readable image, got: {reason}; export it anew, or remove it with its pair")
 
 
-def mask_indices(file: File) -> Indices:
-    """A mask's values, of shape (H, W)."""
-    mask = _opened(file)
-    if mask.mode not in _MASK_MODES:
-        raise DataError(
-            f"{file.label} must be a class-index mask of one band, got mode {mask.mode}; "
-            "map its colours to indices 0, 1, ... and save it in mode L",
-        )
-    return np.asarray(mask).astype(np.int64)
+def _orientation(image: Image.Image) -> int:
+    turn = image.getexif().get(0x0112, 1)
+    return int(turn) if turn in range(2, 9) else 1
 
 
-def _by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
-    """The folder's files of these kinds; two of one stem would make the pairing a guess."""
-    files: dict[str, Path] = {}
-    for file in sorted(folder.iterdir()):
-        if file.suffix.lower() not in suffixes or file.name.startswith("."):
-            continue
-        if file.stem in files:
-            raise DataError(
-                f"{folder} must hold one file per stem, got {files[file.stem].name} and {file.name}; rename one",
-            )
-        files[file.stem] = file
-    return files
+def _pages(image: Image.Image) -> int:
+    """How many pictures the file holds: a phone's preview is none, nor are a TIFF's reduced copies and masks."""
+    frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+    if image.format == "TIFF" and frames > 1:
+        frames = sum(not page.tag_v2.get(254, 0) & 0b101 for page in ImageSequence.Iterator(image))  # type: ignore[attr-defined]  # of a TIFF
+        image.seek(0)
+    return frames
 
 
-def _check_indices(file: File, indices: Indices, classes: int) -> None:
-    wrong = indices[(indices >= classes) & (indices != IGNORE_INDEX) | (indices < 0)]
-    if wrong.size:
-        raise DataError(
-            f"{file.label} must hold class indices 0 to {classes - 1}, or 255 to ignore, got {int(wrong.max())}; "
-            "set `classes` to cover it, or map it",
-        )
+def _turned(image: Image.Image, orientation: int) -> Image.Image:
+    return image if orientation == 1 else image.transpose(_TURNS[orientation - 2])
 
 
-def _by(width: int, height: int) -> str:
-    return f"{width} x {height}"
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more
+def _by(image: Image.Image) -> str:
+    return f"{image.width} x {image.height}"

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -70,9 +71,9 @@ def _run(args: argparse.Namespace, words: Sequence[str], ranks: Ranks, stack: Ex
     if args.tensorboard:
         check_tensorboard()
     settings = _settings(args, ranks)
-    training, validation, test = data_of(args)
+    training, validation, test = data_of(args, partial(say, ranks=ranks))
     _refuse_many_ranks(settings.batch_size, len(training), ranks)
-    n_images = len(training) + len(validation)
+    n_images = len(training) + (len(validation) if args.val is None else 0)
     wrapper, student = _student(args, classes_for(args.teacher, training), settings, n_images)
     arms = [student, _frozen_twin(wrapper, student)] if args.compare_frozen else [student]
     if args.teacher is None:
@@ -94,7 +95,8 @@ def _run(args: argparse.Namespace, words: Sequence[str], ranks: Ranks, stack: Ex
         stack.enter_context(held(output))
     of_ranks = f", {ranks.world} ranks" if ranks.world > 1 else ""
     say(
-        f"{n_images} training images, {len(validation)} of them for validation, {len(test)} for the test; "
+        f"{n_images} training images, {len(validation)} {'of them ' if args.val is None else ''}for validation, "
+        f"{len(test)} for the test; "
         f"{training.classes} classes; {settings.device}{of_ranks}; into {output}",
         ranks,
     )
