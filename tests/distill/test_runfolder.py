@@ -235,11 +235,14 @@ def test_a_refused_resume_changes_no_byte(change: Callable[[Path], object], said
     assert len([name for name in before if "tfevents" in name]) == 1
 
 
-def test_a_resume_stands_alone(copy: Path, capsys: Any) -> None:
-    """Another flag beside --resume would say nothing, and a folder that a process is at work in is not shared."""
+def test_a_resume_is_of_one_run(copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """A flag that differs from the run's is refused, its own are not; nor is a folder shared with a process at work."""
     before = bytes_of(copy / "run")
     assert main(["distill", "--resume", str(copy / "run"), "--epochs", "9"]) == 2
-    assert "`--resume` must stand alone, got --epochs too; all else is as the run was begun" in capsys.readouterr().err
+    assert (
+        "`--epochs` must be as the run was begun with, 2, got 9; leave it out beside --resume"
+        in capsys.readouterr().err
+    )
     code = "import fcntl, sys; f = open(sys.argv[1], 'r+b'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); input()"
     arguments = str(copy / "run" / "arguments.json")
     with subprocess.Popen(
@@ -251,6 +254,8 @@ def test_a_resume_stands_alone(copy: Path, capsys: Any) -> None:
         other.communicate("\n")
     assert "must be a folder that no process is at work in, got " in capsys.readouterr().err
     assert bytes_of(copy / "run") == before
+    monkeypatch.chdir(copy)
+    assert main(["distill", *WORDS, "--tensorboard", "--resume", "run"]) == 0
 
 
 def test_a_moved_folder_of_data_is_the_same(copy: Path, world: Path, monkeypatch: pytest.MonkeyPatch) -> None:

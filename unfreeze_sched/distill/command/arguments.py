@@ -133,7 +133,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     training.add_argument(
         "--resume",
         metavar="DIR",
-        help="go on with an interrupted run, by its folder; no other flag stands beside it",
+        help="go on with an interrupted run, by its folder; all else is as it was begun with",
     )
     training.add_argument("--tensorboard", action="store_true", help="also write TensorBoard's events into the folder")
     training.add_argument("--output", metavar="DIR", help="a new folder (default: runs/ and the time)")

@@ -36,6 +36,7 @@ from unfreeze_sched.distill.command.runfolder import (
     parsed,
     refuse_other_inputs,
     remove_left_overs,
+    rooted,
     saved_run,
 )
 from unfreeze_sched.distill.command.runlog import RunLog, check_tensorboard, say, warn, warnings_in_one_line
@@ -137,12 +138,14 @@ def _asked(args: argparse.Namespace, resumed: Path | None, stack: ExitStack) -> 
     if resumed is None:
         check_output(args.output)
         return args
-    if others := [n for n, value in vars(parsed([])).items() if n != "resume" and getattr(args, n) != value]:
-        raise ValueError(
-            f"`--resume` must stand alone, got --{others[0].replace('_', '-')} too; all else is as the run was begun "
-            "with, so leave it out, or begin a new run"
-        )
-    saved, inputs = saved_run(resumed)
+    (saved, inputs), args = saved_run(resumed), rooted(args, str(Path.cwd()))
+    for name, default in vars(parsed([])).items():
+        given, begun = getattr(args, name), getattr(saved, name)
+        if name != "resume" and given not in (default, begun):
+            raise ValueError(
+                f"`--{name.replace('_', '-')}` must be as the run was begun with, {begun}, got {given}; "
+                "leave it out beside --resume, or begin a new run"
+            )
     with in_words(resumed):
         stack.enter_context(held(resumed))
     refuse_other_inputs(inputs, inputs_of(saved))

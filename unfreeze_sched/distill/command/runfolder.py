@@ -161,9 +161,12 @@ def saved_run(output: Path) -> tuple[argparse.Namespace, Inputs]:
             f"`--resume` must be the folder of a run of this command, got {output}, whose {_FILE} cannot be read "
             f"({reason}); give the folder that the run named at its start"
         ) from error
-    for flag, value in _paths(args):
-        setattr(args, flag, str(Path(begun.folder, value)))  # given from where the run was begun
-    return args, begun.inputs
+    return rooted(args, begun.folder), begun.inputs
+
+
+def rooted(args: argparse.Namespace, folder: str) -> argparse.Namespace:
+    """The arguments with paths that lead from anywhere, where they were given in a folder."""
+    return argparse.Namespace(**vars(args) | {flag: str(Path(folder, value)) for flag, value in _paths(args)})
 
 
 @contextmanager
