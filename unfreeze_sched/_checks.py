@@ -122,6 +122,16 @@ def short(value: Any) -> str:
     return " ".join(_REPR.repr(value).split())
 
 
+def plain(line: str) -> str:
+    r"""A line that no terminal obeys: what cannot be printed stands there as its escape.
+
+    Example:
+        >>> plain("road\x1b[2J")
+        'road\\x1b[2J'
+    """
+    return line if line.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+
+
 def listed(items: Sequence[str], most: int = 1, separator: str = ", ") -> str:
     """The first items, and how many more there are.
 

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from pydantic import ValidationError
 
-from unfreeze_sched._checks import one_line
+from unfreeze_sched._checks import one_line, plain
 from unfreeze_sched.distill.command.arguments import add_arguments as add_distill_arguments
 from unfreeze_sched.parallel import is_launched_alone
 from unfreeze_sched.plan.command import add_arguments as add_plan_arguments
@@ -22,7 +22,7 @@ class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, without the usage in front of it."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n" if _speaks() else None)
+        self.exit(2, f"{self.prog}: {plain(message)}; see {self.prog} --help\n" if _speaks() else None)
 
 
 class _Version(argparse.Action):
@@ -64,14 +64,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, 2 for wrong input, 130 when interrupted, 1 where nobody reads the output any more.
     """
-    args = make_parser().parse_args(argv)
+    _reopen_closed()
+    words = sys.argv[1:] if argv is None else list(argv)
     try:
-        {"distill": _distill, "plan": plan}[args.command](args)
-        sys.stdout.flush()
+        try:
+            _carry_out(_parsed(words), words[1:])
+        finally:
+            sys.stdout.flush()  # here, where what comes of it is still one line
     except ValidationError as error:
         return _fail(one_line(error))
     except BrokenPipeError:  # whoever read the output had enough of it, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 1
     except (ValueError, OSError, ModuleNotFoundError) as error:
         return _fail(str(error))
@@ -86,6 +89,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _carry_out(args: argparse.Namespace, words: Sequence[str]) -> None:
+    if args.command == "distill":
+        _distill(args, words)
+    else:
+        plan(args)
+
+
+def _reopen_closed() -> None:
+    """Give the streams that a shell has closed a place to go, lest the next file that is opened takes theirs."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: PTH123, SIM115  # for good
+
+
+def _parsed(words: Sequence[str]) -> argparse.Namespace:
+    parser = make_parser()
+    for word in words:
+        if word.startswith("--") and word.endswith("=--"):  # of which argparse makes an empty list
+            parser.error(f"argument {word[:-3]}: must have a value, got '--'; write ./-- for a path of that name")
+    return parser.parse_args(words)
+
+
 def _speaks() -> bool:
     """Whether this process says what went wrong: the only one, or the first of torchrun's ranks that failed."""
     if is_launched_alone():
@@ -97,18 +122,26 @@ def _speaks() -> bool:
     return first_to_fail()
 
 
-def _distill(args: argparse.Namespace) -> None:
+def _distill(args: argparse.Namespace, words: Sequence[str]) -> None:
     try:
         from unfreeze_sched.distill.command.run import run  # noqa: PLC0415  # an extra, and torch, on use alone
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"`distill` needs {error.name}, which is not installed; pip install 'unfreeze-sched[distill]'"
         ) from error
-    run(args)
+    run(args, words)
+
+
+def _drop_output() -> None:
+    """Let what is still to be written go nowhere, or Python would try again at its end, and say so at length."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str) -> int:
-    line = " ".join(message.split())
+    try:
+        sys.stdout.flush()
+    except OSError:  # a full disk
+        _drop_output()
     if _speaks():
-        print(f"unfreeze-sched: {line}", file=sys.stderr)  # noqa: T201  # a command's voice
+        print(f"unfreeze-sched: {plain(' '.join(message.split()))}", file=sys.stderr)  # noqa: T201  # a command's voice
     return 2

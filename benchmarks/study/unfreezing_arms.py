@@ -22,10 +22,10 @@ from torch.utils.data import DataLoader, Subset
 
 from unfreeze_sched import Block, MilestonePreset, ProgressiveUnfreezer, RatePreset, UnfreezeSchedule, encoder_blocks
 from unfreeze_sched.distill.command.data import SegmentationData, epoch_generator, load_sample
-from unfreeze_sched.distill.command.metrics import confusion_matrix, mean_iou
-from unfreeze_sched.distill.imagenet import normalisation
+from unfreeze_sched.distill.command.evaluation import mean_iou, pixel_counts
+from unfreeze_sched.distill.command.imagenet import load_first_weights, normalisation
 from unfreeze_sched.distill.loss import DistillationLoss
-from unfreeze_sched.distill.wrapper import StudentUnet, load_student_weights
+from unfreeze_sched.distill.wrapper import StudentUnet
 from unfreeze_sched.model.freezing import Norms, freeze, unfreeze
 
 ENCODER = "tu-tf_efficientnet_lite0"
@@ -261,7 +261,7 @@ def network(seed: int) -> tuple[StudentUnet, tuple[Block, ...]]:
     """The Unet with ImageNet's encoder and a decoder drawn from the seed, and its blocks, all frozen."""
     torch.manual_seed(seed)
     unet = StudentUnet(ENCODER, encoder_weights=None, classes=5, decoder_channels=DECODER_CHANNELS)
-    load_student_weights(unet.encoder, ENCODER, "imagenet")
+    load_first_weights(unet.encoder, ENCODER, "imagenet")
     unet.to(memory_format=torch.channels_last)  # a third faster, in all arms
     unet.encoder.requires_grad_(False)
     blocks = encoder_blocks(unet.requires_grad_())
@@ -348,9 +348,9 @@ def _around(losses: list[float], start: int, window: int) -> list[float]:
 def miou(unet: nn.Module, images: Tensor, masks: Tensor) -> float:
     """Mean intersection over union, in evaluation mode."""
     unet.eval()
-    matrix = torch.zeros(5, 5, dtype=torch.int64)
+    pixels = torch.zeros(3, 5, dtype=torch.float64)
     for begin in range(0, len(images), EVALUATION_BATCH):
         batch = slice(begin, begin + EVALUATION_BATCH)
         logits = unet(images[batch].contiguous(memory_format=torch.channels_last))
-        matrix += confusion_matrix(logits.argmax(1), masks[batch], 5)
-    return mean_iou(matrix)
+        pixels += pixel_counts(logits, masks[batch], 5)
+    return mean_iou(pixels)

@@ -37,7 +37,7 @@ Forward = Callable[[Tensor], Tensor]
 
 @pytest.fixture(autouse=True)
 def torchs_own_limit() -> Iterator[None]:
-    """timm's optimizers raise it for the whole process where they are imported."""
+    """The optimizers of timm raise it for the whole process where they are imported."""
     with config.patch(recompile_limit=8):
         yield
 

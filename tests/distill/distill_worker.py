@@ -1,8 +1,8 @@
 """`unfreeze-sched`, alone or as one of torchrun's ranks, watched: each rank keeps what it holds.
 
-Called as `distill_worker.py FOLDER ARGUMENTS...`; leaves FOLDER/NAME.RANK.pt for each arm, and of rank 0 the
-checkpoint of each epoch, FOLDER/NAME.EPOCH.last.pth. DOUBLE=1 computes in double precision, in which the order of sums
-hardly shows; FAILS=RANK lets a rank fail after its first epoch of the student.
+Called as `distill_worker.py FOLDER ARGUMENTS...`; leaves FOLDER/NAME.RANK.pt for each arm, with its own part of all sums
+over ranks, and of rank 0 the checkpoint of each epoch, FOLDER/NAME.EPOCH.last.pth. FAILS=RANK lets a rank fail after its
+first epoch of the student.
 """
 
 import os
@@ -15,25 +15,31 @@ import torch
 
 from unfreeze_sched.__main__ import leave
 from unfreeze_sched.cli import main
-from unfreeze_sched.distill.command import run, training
+from unfreeze_sched.distill.command import training
+from unfreeze_sched.distill.command.ranks import Ranks
 
-train, evaluate, save = training.train, training.evaluate, training.save_atomically
+run, evaluate, save, summed = training.Training.run, training.evaluate, training.save_atomically, Ranks.summed
 
 
 def watch(folder: Path, rank: str) -> None:
     """Let the command's own functions leave what the tests compare."""
+    sums: list[list[float]] = []
 
-    def watched_train(arm: Any, *rest: Any) -> Any:
-        outcome = train(arm, *rest)
-        state = {"weights": arm.unet.state_dict(), "random": torch.get_rng_state()}
-        torch.save(state, folder / f"{arm.name}.{rank}.pt")
+    def watched_run(self: Any, *rest: Any) -> Any:
+        sums.clear()
+        outcome = run(self, *rest)
+        torch.save({"weights": self.arm.unet.state_dict(), "sums": sums}, folder / f"{self.arm.name}.{rank}.pt")
         return outcome
 
     def watched_save(state: Any, path: Path) -> None:
         save(state, path)
         shutil.copy(path, folder / f"{path.parent.name}.{len(state['records']) - 1}.last.pth")
 
-    run.train, training.save_atomically = watched_train, watched_save
+    def watched_sum(self: Any, values: torch.Tensor) -> torch.Tensor:
+        sums.append(values.tolist())
+        return summed(self, values)
+
+    training.Training.run, training.save_atomically, Ranks.summed = watched_run, watched_save, watched_sum  # type: ignore[method-assign]
 
 
 def failing_evaluate(arm: Any, *rest: Any) -> Any:
@@ -47,6 +53,4 @@ if __name__ == "__main__":
     watch(Path(sys.argv[1]), own)
     if os.environ.get("FAILS") == own:
         training.evaluate = failing_evaluate
-    if os.environ.get("DOUBLE"):
-        torch.set_default_dtype(torch.float64)
     leave(main(sys.argv[2:]))

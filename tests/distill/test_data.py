@@ -1,6 +1,5 @@
-"""The reference run's data and metric: what is read, in which order, and what is refused."""
+"""The reference run's data: what is read, in which order, and what is refused."""
 
-import math
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -9,8 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 pytest.importorskip("PIL")
@@ -26,7 +23,6 @@ from unfreeze_sched.distill.command.data import (
     load_folders,
     load_sample,
 )
-from unfreeze_sched.distill.command.metrics import class_ious, confusion_matrix, mean_iou
 
 Folder = Callable[..., Path]
 
@@ -267,100 +263,3 @@ def test_a_jitter_out_of_range_is_refused(jitter: float) -> None:
     assert refused(lambda: data.epoch(epoch_generator(0, 0), jitter=jitter)) == (
         f"`jitter` must be from 0 to 1, got {jitter}; 0 turns it off"
     )
-
-
-# The metric
-
-
-def brute_force(predictions: list[int], masks: list[int], classes: int) -> tuple[list[list[int]], float | None]:
-    """The matrix and its mean IoU, pixel by pixel and by sets."""
-    pixels = [(i, t, p) for i, (t, p) in enumerate(zip(masks, predictions, strict=True)) if t != 255]
-    matrix = [
-        [sum((t, p) == (row, column) for _, t, p in pixels) for column in range(classes)] for row in range(classes)
-    ]
-    ious = []
-    for c in range(classes):
-        truth, guess = {i for i, t, _ in pixels if t == c}, {i for i, _, p in pixels if p == c}
-        if truth | guess:
-            ious.append(len(truth & guess) / len(truth | guess))
-    return matrix, sum(ious) / len(ious) if ious else None
-
-
-@st.composite
-def cases(draw: st.DrawFn) -> tuple[list[int], list[int], int]:
-    classes = draw(st.integers(1, 5))
-    index = st.integers(0, classes - 1)
-    pixels = draw(st.lists(st.tuples(index, index | st.just(255)), max_size=24))
-    return [p for p, _ in pixels], [t for _, t in pixels], classes
-
-
-@given(cases())
-def test_the_metric_is_its_brute_force_twin(case: tuple[list[int], list[int], int]) -> None:
-    """Matrix and mean agree with a count over pixels and sets, ignored pixels and absent classes included."""
-    predictions, masks, classes = case
-    matrix = confusion_matrix(torch.tensor(predictions, dtype=torch.int64), torch.tensor(masks), classes)
-    expected, mean = brute_force(predictions, masks, classes)
-    assert matrix.tolist() == expected
-    if mean is not None:
-        assert mean_iou(matrix) == pytest.approx(mean, rel=1e-12)
-
-
-def test_matrices_of_batches_add_up_and_logits_count_by_their_argmax() -> None:
-    """The matrix of logits is that of their argmax, and the sum over batches that of the whole."""
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(4, 3, 5, 6, generator=generator)
-    masks = torch.randint(0, 3, (4, 5, 6), generator=generator, dtype=torch.uint8)
-    whole = confusion_matrix(logits, masks, 3)
-    assert torch.equal(whole, confusion_matrix(logits.argmax(1), masks, 3))
-    assert torch.equal(whole, confusion_matrix(logits[:1], masks[:1], 3) + confusion_matrix(logits[1:], masks[1:], 3))
-    assert whole.sum() == masks.numel()
-
-
-def test_an_absent_class_is_left_out_and_a_predicted_one_counts_zero() -> None:
-    """A class in neither the truth nor the predictions is NaN and left out; one only predicted is 0."""
-    matrix = confusion_matrix(torch.tensor([0, 1]), torch.tensor([0, 0]), 3)
-    assert class_ious(matrix).tolist()[:2] == [0.5, 0.0]
-    assert math.isnan(class_ious(matrix)[2])
-    assert mean_iou(matrix) == 0.25
-
-
-@pytest.mark.parametrize(
-    ("predictions", "masks", "text"),
-    [
-        (
-            torch.zeros(1, 2, 4, 4),
-            torch.zeros(1, 4, 4, dtype=torch.int64),
-            (
-                "`predictions` must have the shape (1, 3, 4, 4) for logits, got (1, 2, 4, 4); "
-                "masks are (B, H, W), logits (B, classes, H, W)"
-            ),
-        ),
-        (
-            torch.zeros(1, 2, 2, dtype=torch.int64),
-            torch.zeros(1, 4, 4, dtype=torch.int64),
-            "`predictions` must have the masks' shape (1, 4, 4), got (1, 2, 2); resize the predictions",
-        ),
-        (
-            torch.tensor([0, 3]),
-            torch.tensor([0, 0]),
-            "`predictions` must hold indices 0 to 2, got 3; set `classes` to cover it",
-        ),
-        (
-            torch.tensor([0, 0]),
-            torch.tensor([0, -1]),
-            "`masks` must hold indices 0 to 2, got -1; set `classes` to cover it",
-        ),
-    ],
-)
-def test_what_does_not_belong_together_is_refused(predictions: torch.Tensor, masks: torch.Tensor, text: str) -> None:
-    """Shapes that do not match and indices beyond the classes are refused."""
-    with pytest.raises(ValueError, match="must") as caught:
-        confusion_matrix(predictions, masks, 3)
-    assert str(caught.value) == text
-
-
-def test_a_mean_over_nothing_is_refused() -> None:
-    """The mean of a matrix without a pixel is refused."""
-    with pytest.raises(ValueError, match="at least one pixel") as caught:
-        mean_iou(torch.zeros(3, 3, dtype=torch.int64))
-    assert str(caught.value) == "`matrix` must count at least one pixel, got none; add a batch, or unignore pixels"

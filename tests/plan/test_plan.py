@@ -30,7 +30,6 @@ from unfreeze_sched import (
     encoder_blocks,
 )
 from unfreeze_sched.cli import main
-from unfreeze_sched.distill.command.memory import saved_for_backward
 from unfreeze_sched.plan import memory
 from unfreeze_sched.plan.phases import STATES, Plan, make_plan
 from unfreeze_sched.plan.table import as_text
@@ -87,10 +86,10 @@ def real_run(name: str, size: int, schedule: UnfreezeSchedule, norms: Any = "eva
     for epoch in (0, *(epoch for epoch, _ in schedule.transitions())):
         unfreezer.apply(epoch)
         model.train()
-        with saved_for_backward(model) as saved:
+        with memory.saved_for_backward(model) as saved:
             output = model(torch.randn(2, 3, size, size))
-        kept.append(saved.total)
-        del output
+        kept.append(sum(storage.nbytes() for storage in saved))
+        del output, saved
     return kept
 
 
@@ -452,6 +451,11 @@ FILES = {
     "list.json": "[1, 2]",
     "other.json": '{"a": 1}',
     "empty.yaml": "",
+    "twice.yaml": "kind: rate\nunfreeze_rate: 5\nunfreeze_rate: 9\n",
+    "twice.json": '{"kind": "rate", "unfreeze_rate": 5, "unfreeze_rate": 9}',
+    # Nine lines of ten aliases each unfold to gigabytes.
+    "bomb.yaml": "a0: &a0 [x, x]\n"
+    + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 10)),
     "number.yaml": "preset: {kind: rate}\n5: 3\n",
     "binary.json": "\udcff\udcfe",
     "deep.json": "[" * 100_000,
@@ -490,6 +494,12 @@ RESNET = ["--total-epochs", "50", "--encoder", "resnet18"]
         ([*SEVEN, "--schedule", "kind.json"], "`preset` must have a `kind` among rate, milestones, fraction, got 'rat'; add"),
         ([*SEVEN, "--schedule", "list.json"], "must hold a preset, with `kind`, or a schedule, with `preset`, got [1, 2]; w"),
         ([*SEVEN, "--schedule", "other.json"], 'or a schedule, with `preset`, got keys a; write {"kind": "rate", "unf'),
+        ([*SEVEN, "--schedule", "twice.yaml"], "twice.yaml: must be YAML, got what does not parse (the key 'unfreeze_rate' twi"),
+        ([*SEVEN, "--schedule", "twice.json"], "twice.json: must be JSON, got what does not parse (the key 'unfreeze_rate' twi"),
+        ([*SEVEN, "--schedule", "bomb.yaml"], "bomb.yaml: must be YAML, got what does not parse (the alias *a0); write lines"),
+        (["--total-epochs", "5", "--blocks=--"], "argument --blocks: must have a value, got '--'; write ./-- for a path of"),
+        ([*SEVEN, "--schedule", "no\x1b[2Jwhere"], "got no\\x1b[2Jwhere (No such file or directory); check the path"),
+        ([*SEVEN, "--optimizer", "\x1b[2J"], "\\x1b[2J"),
         ([*SEVEN, "--schedule", "empty.yaml"], "with `preset`, got None; write lines such as `kind: rate` and"),
         ([*SEVEN, "--schedule", "number.yaml"], "`5` must not be given to UnfreezeSchedule, got 3; it takes preset, total"),
         ([*SEVEN, "--schedule", "binary.json"], "must be JSON, got what does not parse ('utf-8' codec can't decode byte 0xff"),
@@ -696,3 +706,17 @@ def test_json_is_json(capsys: Any) -> None:
     """Nothing but JSON is printed, a picture's name included."""
     assert main([*RUN, "--blocks", "3", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["encoder"] is None
+
+
+@pytest.mark.parametrize("words", [[*SEVEN, "--preset", "large"], ["--version"]])
+def test_output_that_goes_nowhere(words: list[str]) -> None:
+    """A closed output is nothing to complain of; a full disk under it is one line, and no more at the process's end."""
+    command = [sys.executable, "-m", "unfreeze_sched", *([] if words == ["--version"] else ["plan"]), *words]
+    closed = subprocess.run(
+        ["/bin/sh", "-c", 'exec "$@" >&-', "sh", *command], check=False, capture_output=True, text=True
+    )
+    assert (closed.returncode, closed.stderr) == (0, "")
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, check=False, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode != 0
+    assert done.stderr == "unfreeze-sched: [Errno 28] No space left on device\n"

@@ -7,10 +7,10 @@ import re
 import uuid
 import warnings
 import zipfile
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
@@ -133,17 +133,26 @@ def save_atomically(obj: Any, path: str | os.PathLike[str]) -> None:
         >>> torch.load(path, weights_only=True)
         {'weight': tensor([1., 1.])}
     """
+    with replacing(path) as file:
+        torch.save(obj, file)
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """A file to write, which takes the place of another once it is whole and on the disk; see `save_atomically`."""
     target = Path(path).resolve()
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
         # Not tempfile's, which no one else may read: a checkpoint has the permissions of any new file.
         with temporary.open("xb") as file:
-            torch.save(obj, file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(target)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+            raise error.__context__ from None  # what torch's writer hides: a full disk
         raise
     if os.name == "posix":  # the new name is on disk once its folder is; Windows cannot open a folder
         folder = os.open(target.parent, os.O_RDONLY)
@@ -168,58 +177,21 @@ def refuse_misfits(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], 
     Example:
         >>> refuse_misfits({"a": torch.ones(2)}, {"a": torch.zeros(2)}, source="file.pth", what="teacher")
     """
-    misfits = _Misfits(
-        missing=[key for key in expected if key not in state],
-        unexpected=[key for key in state if key not in expected],
-        shapes={
-            key: (tuple(state[key].shape), tuple(value.shape))
-            for key, value in expected.items()
-            if key in state and state[key].shape != value.shape
-        },
-    )
-    if any(misfits):
-        nothing_fits = len(misfits.missing) == len(expected)
-        raise CheckpointError(f"{source}: must fit the {what}, got {misfits.text()}; {misfits.fix(what, nothing_fits)}")
-
-
-class _Misfits(NamedTuple):
-    missing: list[str]
-    unexpected: list[str]
-    shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
-
-    def text(self) -> str:
-        shapes = [f"{key}: file {theirs}, model {ours}" for key, (theirs, ours) in self.shapes.items()]
-        kinds = (("missing", self.missing), ("unexpected", self.unexpected), ("of another shape", shapes))
-        return ", ".join(f"{len(items)} {kind} ({_few(items)})" for kind, items in kinds if items)
-
-    def fix(self, what: str, nothing_fits: bool) -> str:
-        """What to do about it, with what the misfits tell about the file."""
-        if nothing_fits:
-            return f"none of the {what}'s keys is in it, so give another file"
-        said = ""
-        theirs, ours = ((*shape, 0)[0] for shape in self.shapes.get(_HEAD, ((), ())))
-        if theirs != ours:
-            said = f"the file has {theirs} {'class' if theirs == 1 else 'classes'}, the model {ours}: "
-        lacking = (*self.missing, *self.shapes)
-        in_encoder = [key for key in lacking if what == "encoder" or key.startswith("encoder.")]
-        channels = len(in_encoder) == 1 and _differ_in_channels(*self.shapes.get(in_encoder[0], ((), ())))
-        guesses = (
-            (channels, f"it looks like another number of input channels, so build the {what} with the file's"),
-            (in_encoder, f"it looks like another encoder, so build the {what} with the encoder of the file"),
-            (
-                any(key.startswith("decoder.") for key in lacking),
-                f"it looks like another decoder, so build the {what} with the decoder of the file",
-            ),
-            (said, f"build the {what} with classes={theirs}"),
-            (not lacking, f"save the {what}'s own `state_dict()` alone"),
-        )
-        built = f"build the {what} as the file's model was built"
-        return said + next((guess for applies, guess in guesses if applies), built)
-
-
-def _differ_in_channels(theirs: tuple[int, ...], ours: tuple[int, ...]) -> bool:
-    """Whether these are shapes of one convolution, (out, in, ...), but for the number of channels it takes."""
-    return theirs[1:2] != ours[1:2] and (theirs[:1], theirs[2:]) == (ours[:1], ours[2:])
+    shapes = [
+        f"{key}: file {tuple(state[key].shape)}, model {tuple(value.shape)}"
+        for key, value in expected.items()
+        if key in state and state[key].shape != value.shape
+    ]
+    missing = [key for key in expected if key not in state]
+    unexpected = [key for key in state if key not in expected]
+    kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+    if found := ", ".join(f"{len(items)} {kind} ({_few(items)})" for kind, items in kinds if items):
+        fix = f"build the {what} as the file's model was built"
+        if len(missing) == len(expected):
+            fix = f"none of the {what}'s keys is in it, so give another file"
+        elif not missing and not shapes:
+            fix = f"save the {what}'s own `state_dict()` alone"
+        raise CheckpointError(f"{source}: must fit the {what}, got {found}; {fix}")
 
 
 def _few(items: list[str]) -> str:
@@ -238,6 +210,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Any:
         raise CheckpointError(f"{path}: must be a file, got a folder; give the checkpoint inside it")
     if not file.exists():
         raise CheckpointError(f"{path}: must be a checkpoint, got no such file; check the path")
+    if not file.is_file():  # to read a pipe is to wait for its writer
+        raise CheckpointError(f"{path}: must be a file, got a pipe or device; save its content as one")
     if file.stat().st_size == 0:
         raise CheckpointError(f"{path}: must be a checkpoint, got an empty file; copy or download it again")
     try:
@@ -272,8 +246,11 @@ def _check_sums(path: Path) -> None:
         if file.read(4) != b"PK\3\4":  # how torch tells a zip from its older format, which has no checksums
             return
         with zipfile.ZipFile(file) as records:
+            infos = records.infolist()
+            if sum(record.file_size for record in infos) > path.stat().st_size:  # torch.save compresses nothing
+                raise zipfile.BadZipFile("records that are larger than the file")
             # torch.serialization.set_crc32_options(False) writes 0 for all of them.
-            summed = any(record.CRC for record in records.infolist())
+            summed = any(record.CRC for record in infos)
             if summed and (name := records.testzip()) is not None:
                 raise zipfile.BadZipFile(f"{name} does not match its checksum")
 

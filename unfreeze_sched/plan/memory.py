@@ -8,8 +8,8 @@ from __future__ import annotations
 import difflib
 import re
 import warnings
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain
@@ -97,8 +97,7 @@ def measure(name: str, image_size: Size | None, batch_size: int, optimizer: str,
 def saved_activations(fake: FakeModel, blocks: tuple[Block, ...], number: int, norms: Norms) -> int:
     """Bytes that a forward pass in training mode saves for backward, with the deepest blocks unfrozen.
 
-    Every storage counts once, whole and whichever views of it are saved; the model's parameters and buffers are there
-    anyway and do not count.
+    Every storage counts once, whole and whichever views of it are saved.
 
     Args:
         fake: The model and its batch.
@@ -111,7 +110,27 @@ def saved_activations(fake: FakeModel, blocks: tuple[Block, ...], number: int, n
         (unfreeze if depth < number else freeze)(block)
         if norms != "eval":
             (release if norms == "train" else hold_in_eval)(norms_of(block))
-    seen = {_key(tensor) for tensor in chain(fake.model.parameters(), fake.model.buffers())}
+    with warnings.catch_warnings(), fake.mode, torch.enable_grad(), saved_for_backward(fake.model) as kept:
+        warnings.simplefilter("ignore")
+        fake.model(fake.batch)
+    return sum(storage.nbytes() for storage in kept)
+
+
+@contextmanager
+def saved_for_backward(model: nn.Module) -> Iterator[list[torch.UntypedStorage]]:
+    """The storages that a forward pass within the context saves for its backward pass, each once.
+
+    Args:
+        model: Its parameters and buffers are there anyway, and are not counted.
+
+    Example:
+        >>> layer = nn.Linear(8, 8)
+        >>> with saved_for_backward(layer) as kept:
+        ...     loss = layer(torch.zeros(4, 8)).tanh().sum()
+        >>> sum(storage.nbytes() for storage in kept)  # the weight's gradient takes the input, tanh's its own output
+        256
+    """
+    seen = {_key(tensor) for tensor in chain(model.parameters(), model.buffers())}
     kept: list[torch.UntypedStorage] = []  # alive, so that no key is used twice
 
     def pack(tensor: Tensor) -> Tensor:
@@ -120,19 +139,12 @@ def saved_activations(fake: FakeModel, blocks: tuple[Block, ...], number: int, n
             kept.append(tensor.untyped_storage())
         return tensor
 
-    with (
-        warnings.catch_warnings(),
-        fake.mode,
-        torch.enable_grad(),
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-    ):
-        warnings.simplefilter("ignore")
-        fake.model(fake.batch)
-    return sum(storage.nbytes() for storage in kept)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield kept
 
 
 def _key(tensor: Tensor) -> int:
-    """A fake storage has no address; its object tells it apart."""
+    """Tells storages apart by their object, since a fake one has no address."""
     return int(tensor.untyped_storage()._cdata)  # noqa: SLF001  # torch's own fake mode keys its memos by it
 
 

@@ -43,7 +43,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="side in pixels, a multiple of 32 (default: 128)",
     )
-    data.add_argument("--batch-size", type=integer(2), default=16, metavar="N", help="default: 16")
+    data.add_argument(
+        "--batch-size", type=integer(2), default=16, metavar="N", help="of all ranks together (default: 16)"
+    )
+    data.add_argument(
+        "--num-workers",
+        type=integer(0, most=1024),
+        default=0,
+        metavar="N",
+        help="processes that read images ahead (default: 0, none)",
+    )
 
     networks = parser.add_argument_group("networks")
     networks.add_argument(
@@ -84,7 +93,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="also train the same student with its encoder frozen, equally long",
     )
-
     unfreezing.add_argument(
         "--guard-patience",
         type=integer(1),
@@ -100,10 +108,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     training.add_argument(
         "--lr", type=number(), default=1e-3, metavar="X", help="the head's learning rate (default: 0.001)"
     )
+    training.add_argument(
+        "--precision",
+        choices=["fp32", "bf16", "fp16"],
+        default="fp32",
+        help="of forward passes; weights and losses are fp32 (default: fp32)",
+    )
+    training.add_argument(
+        "--accumulate",
+        type=integer(1),
+        default=1,
+        metavar="N",
+        help="batches whose gradients add up to one step; Dice and batch norms see one batch each (default: 1)",
+    )
+    training.add_argument(
+        "--gradient-clip", type=number(), metavar="X", help="the largest norm of a step's gradients (default: any)"
+    )
+    training.add_argument(
+        "--sync-batchnorm",
+        action="store_true",
+        help="batch norms of one batch over all ranks, on CUDA; without it each rank's norms see its own images",
+    )
     training.add_argument("--seed", type=integer(0, most=2**63 - 1), default=0, metavar="N", help="default: 0")
     training.add_argument("--device", metavar="NAME", help="default: cuda where there is one, else cpu")
     training.add_argument(
-        "--resume", metavar="DIR", help="go on with an interrupted run, by its folder; all else is as it was begun with"
+        "--resume",
+        metavar="DIR",
+        help="go on with an interrupted run, by its folder; all else is as it was begun with",
     )
     training.add_argument("--tensorboard", action="store_true", help="also write TensorBoard's events into the folder")
     training.add_argument("--output", metavar="DIR", help="a new folder (default: runs/ and the time)")

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from segmentation_models_pytorch.metrics import get_stats
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from unfreeze_sched.distill.command.arms import Arm, Settings
 from unfreeze_sched.distill.command.data import SegmentationData
-from unfreeze_sched.distill.command.joint import Share, joint_forward, share_of
-from unfreeze_sched.distill.command.metrics import confusion_matrix, mean_iou
 from unfreeze_sched.distill.command.ranks import ALONE, Ranks
+from unfreeze_sched.distill.loss import IGNORE_INDEX
 
 
 @dataclass(frozen=True)
@@ -28,17 +29,40 @@ class Evaluation:
 def evaluate(arm: Arm, data: SegmentationData, settings: Settings, ranks: Ranks = ALONE) -> Evaluation:
     """Loss, by image, and mean intersection over union on a data set; leaves the network in evaluation mode.
 
-    Several ranks, all calling this, take a share of the images each, and get the same figures.
+    Each of several ranks, all calling this, takes some of the batches; sums and counts are added up, so all get what
+    one process gets.
     """
-    device = torch.device(settings.device)
     arm.unet.eval()
-    total, matrix = 0.0, torch.zeros(data.classes, data.classes, dtype=torch.int64)
-    batches = batches_of(len(data), settings.batch_size)
-    for own_images, own_masks, share in loaded(data, batches, ranks, device):
-        logits, targets, masks = joint_forward(arm.forward, own_images, own_masks, share)
-        total += float(arm.loss(logits, targets, masks)) * share.total
-        matrix += confusion_matrix(predicted_classes(logits), masks, data.classes).cpu()
-    return Evaluation(total / len(data), mean_iou(matrix))
+    classes = max(data.classes, 2)  # one channel tells two apart
+    total, pixels = torch.zeros(1, dtype=torch.float64), torch.zeros(3, classes, dtype=torch.float64)
+    batches = batches_of(len(data), settings.batch_size)[ranks.rank :: ranks.world]
+    for images, masks in loaded(data, batches, settings):
+        with settings.autocast():
+            logits, targets = arm.forward(images)
+        total += float(arm.loss(logits, targets, masks)) * len(images)
+        pixels += pixel_counts(logits, masks, classes)
+    sums = ranks.summed(torch.cat([total, pixels.flatten()]))
+    return Evaluation(float(sums[0]) / len(data), mean_iou(sums[1:].view(3, classes)))
+
+
+def pixel_counts(logits: Tensor, masks: Tensor, classes: int) -> Tensor:
+    """Hits, false alarms and misses, (3, classes), of logits (B, C, H, W); counts of several batches add up."""
+    found = get_stats(predicted_classes(logits), masks, "multiclass", ignore_index=IGNORE_INDEX, num_classes=classes)
+    return torch.stack(found[:3]).sum(1)
+
+
+def mean_iou(counts: Tensor) -> float:
+    """Mean over classes of hits / (hits + false alarms + misses).
+
+    A class that is neither there nor predicted is left out, one that is only predicted counts as 0; NaN where no pixel
+    has a truth.
+
+    Example:
+        >>> mean_iou(torch.tensor([[1, 2, 0], [1, 0, 0], [0, 1, 0]]))
+        0.5833333333333333
+    """
+    hits, alarms, misses = counts.double()
+    return float((hits / (hits + alarms + misses)).nanmean())
 
 
 def predicted_classes(logits: Tensor) -> Tensor:
@@ -47,16 +71,28 @@ def predicted_classes(logits: Tensor) -> Tensor:
 
 
 def batches_of(number: int, size: int) -> list[range]:
-    """Places of the joint batches, in order; the last may be smaller."""
+    """Places of the batches, in order; the last may be smaller."""
     return [range(start, min(start + size, number)) for start in range(0, number, size)]
 
 
-def loaded(
-    data: Dataset[tuple[Tensor, Tensor]], batches: list[range], ranks: Ranks, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor, Share]]:
-    """This rank's images and masks of each joint batch, and which part of it they are."""
-    shares = [share_of(len(batch), ranks) for batch in batches]
-    own = [batch[share.places] for batch, share in zip(batches, shares, strict=True)]
-    # A loader draws from the global generator once, so every rank's does.
-    for (images, masks), share in zip(DataLoader(data, batch_sampler=own), shares, strict=True):  # type: ignore[arg-type]  # any iterable of places
-        yield images.to(device), masks.to(device), share
+def shares_of(number: int, size: int, ranks: Ranks) -> list[range]:
+    """A rank's places of each training batch: as many as any other rank's, since DDP takes the plain mean over ranks.
+
+    What does not divide by the number of ranks is left for another epoch's order, and so is a last batch of one image a
+    rank: a batch norm cannot train on one value a channel, which one small image may come to.
+
+    Example:
+        >>> shares_of(7, 4, Ranks(1, 2)), shares_of(9, 4, Ranks())
+        ([range(1, 4, 2)], [range(0, 4), range(4, 8)])
+    """
+    batches = batches_of(number, size)
+    if len(batches) > 1 and len(batches[-1]) < 2 * ranks.world:
+        batches.pop()
+    return [batch[ranks.rank : len(batch) // ranks.world * ranks.world : ranks.world] for batch in batches]
+
+
+def loaded(data: Any, batches: Iterable[range], settings: Settings) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images and masks of each batch, on the device."""
+    loader = DataLoader(data, batch_sampler=batches, num_workers=settings.workers)  # type: ignore[arg-type]  # any iterable of places
+    for images, masks in loader:
+        yield images.to(settings.device), masks.to(settings.device)

@@ -10,7 +10,7 @@ from unfreeze_sched._checks import listed
 from unfreeze_sched.distill.checkpoints import classes_of
 from unfreeze_sched.distill.command.data import SegmentationData, load_folders, load_sample
 from unfreeze_sched.distill.command.files import DataError
-from unfreeze_sched.distill.imagenet import IMAGENET_NORMALISATION, Normalisation, normalisation
+from unfreeze_sched.distill.command.imagenet import IMAGENET_NORMALISATION, Normalisation, normalisation
 
 # A fifth of the training images validates; of a folder a fifth is set aside as the test part first.
 _HELD_OUT = 0.2

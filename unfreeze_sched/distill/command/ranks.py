@@ -11,10 +11,11 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import distributed
+from torch import Tensor, distributed, nn
 from torch.distributed.rendezvous import rendezvous
+from torch.nn.parallel import DistributedDataParallel
 
-from unfreeze_sched.parallel import is_launched_alone
+from unfreeze_sched.parallel import is_launched_alone, rewrap_ddp
 
 # What torchrun tells each of its processes.
 _NEEDED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -48,14 +49,37 @@ class Ranks:
         distributed.broadcast_object_list(values, src=0)
         return values[0]
 
+    def summed(self, values: Tensor) -> Tensor:
+        """The sum over ranks of values on the CPU."""
+        if self.world > 1:
+            distributed.all_reduce(values)
+        return values
+
+    def wrapped(self, module: nn.Module, device: torch.device, *, changed: bool) -> nn.Module:
+        """The module in a DDP that reduces what trains now, where there are several ranks.
+
+        Args:
+            module: It, or what an earlier call gave.
+            device: Where it lies.
+            changed: Whether other parameters train than at that call.
+        """
+        if isinstance(module, DistributedDataParallel):
+            return rewrap_ddp(module) if changed else module
+        if self.world == 1:
+            return module
+        return DistributedDataParallel(module, device_ids=None if device.type == "cpu" else [device])
+
+    def follow(self, module: nn.Module) -> None:
+        """Take over rank 0's buffers, which DDP sends before a training step and not after the last one."""
+        if self.world > 1:
+            for buffer in module.buffers():
+                distributed.broadcast(buffer, src=0)
+
     def device(self, name: str | None) -> str:
         """The device of this rank.
 
         Args:
             name: What was asked for; None takes CUDA where there is some. `cuda` alone is a GPU for each rank.
-
-        Raises:
-            ValueError: There is no such device, or no such device for each rank.
         """
         if name is None:
             name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -84,11 +108,7 @@ ALONE = Ranks()
 
 @contextmanager
 def joined() -> Iterator[Ranks]:
-    """This process among its ranks: alone, or in a process group where torchrun started several.
-
-    Raises:
-        ValueError: `WORLD_SIZE` says that there are several, and nothing says how to reach them.
-    """
+    """This process among its ranks: alone, or in a process group where torchrun started several."""
     if is_launched_alone():
         yield Ranks()
         return

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
-from pydantic import TypeAdapter
-
-from unfreeze_sched.history import Transition
+from unfreeze_sched._checks import FrozenModel
 
 
-@dataclass(frozen=True)
-class EpochRecord:
+class EpochRecord(FrozenModel):
     """One line of `metrics.jsonl`.
 
     Attributes:
@@ -22,11 +18,11 @@ class EpochRecord:
         joined: Names of the blocks that joined before this epoch, deepest first.
         learning_rates: By group, at the epoch's first step: `head`, then the blocks.
         optimizer_step: Steps that the optimizer had taken of the head before the epoch, by its own count.
-        train_loss: Mean over the epoch's steps.
+        train_loss: Mean over the training images, each batch as it was trained on.
         validation_loss: Mean over the validation images.
         validation_miou: In [0, 1].
         seconds: Of the training steps alone.
-        saved_bytes: Activations that the first step of this number of blocks kept for backward, on rank 0.
+        saved_bytes: Activations that the first batch of this number of blocks kept for backward, on rank 0.
         peak_bytes: The device's peak of memory in the epoch, where it reports one; likewise.
     """
 
@@ -43,40 +39,8 @@ class EpochRecord:
     saved_bytes: int
     peak_bytes: int | None
 
-    def as_dict(self) -> dict[str, Any]:
-        """The record in JSON's types."""
-        return asdict(self)
 
-
-@dataclass(frozen=True)
-class Outcome:
-    """How an arm's training went.
-
-    Attributes:
-        records: One an epoch, in order.
-        history: The transitions, the first state included.
-        held: Why a guard held further blocks back, with the figures; empty where none did.
-    """
-
-    records: tuple[EpochRecord, ...]
-    history: tuple[Transition, ...]
-    held: str
-
-
-def records_of(saved: Any) -> list[EpochRecord]:
-    """The records in a checkpoint.
-
-    Raises:
-        Exception: Nearly anything, where it holds something else.
-    """
-    records = [EpochRecord(**{**record, "joined": tuple(record["joined"])}) for record in saved]
-    TypeAdapter(list[EpochRecord]).validate_python([record.as_dict() for record in records])
-    if [record.epoch for record in records] != list(range(len(records))):
-        raise ValueError("records of other epochs")
-    return records
-
-
-def around_transitions(records: tuple[EpochRecord, ...]) -> dict[int, tuple[float, float]]:
+def around_transitions(records: Sequence[EpochRecord]) -> dict[int, tuple[float, float]]:
     """The validation loss before and after each transition, by its 0-based epoch.
 
     Before is that of the epoch before; after that of the first epoch in which the new blocks trained.

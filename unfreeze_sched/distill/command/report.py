@@ -19,7 +19,8 @@ from unfreeze_sched._checks import columns
 from unfreeze_sched.distill.command.arms import Arm
 from unfreeze_sched.distill.command.data import SegmentationData
 from unfreeze_sched.distill.command.evaluation import predicted_classes
-from unfreeze_sched.distill.command.records import EpochRecord, Outcome, around_transitions
+from unfreeze_sched.distill.command.records import EpochRecord, around_transitions
+from unfreeze_sched.distill.command.training import Training
 from unfreeze_sched.history import Span, draw_rows
 
 _COLUMNS = ("epochs", "blocks", "lr head", "lr enc.", "loss", "val. loss", "mIoU %", "change", "s", "MiB kept")
@@ -68,37 +69,30 @@ def _cells(epochs: Sequence[EpochRecord], before: EpochRecord | None) -> list[st
     ]
 
 
-def draw_report(
-    path: Path,
-    arm: Arm,
-    outcome: Outcome,
-    frozen: Sequence[EpochRecord],
-    examples: SegmentationData,
-    device: str,
-) -> None:
+def draw_report(path: Path, runs: dict[str, Training], examples: SegmentationData, device: str) -> None:
     """Draw the picture of a run.
 
     Args:
         path: The PNG to write.
-        arm: The trained student.
-        outcome: Of its training.
-        frozen: The epochs of the student whose encoder stayed frozen; may be empty.
-        examples: Images of which the first few are shown with truth and prediction.
+        runs: The trained student's, and that of the frozen one where it is there, by name.
+        examples: Images of which a few are shown with truth and prediction.
         device: Where the student lies.
     """
+    student = runs["student"]
     # No pyplot, whose global state belongs to the caller.
     figure = Figure(figsize=(12, 11), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(5, _SHOWN_IMAGES, height_ratios=[1.3, 1.1, 0.8, 0.8, 0.8])
-    _draw_blocks(figure, figure.add_subplot(grid[0, :]), arm, outcome)
+    _draw_blocks(figure, figure.add_subplot(grid[0, :]), student)
     half = _SHOWN_IMAGES // 2
     curves = (("validation_loss", "validation loss", 1.0), ("validation_miou", "validation mIoU, %", 100.0))
     for (key, label, scale), place in zip(curves, (grid[1, :half], grid[1, half:]), strict=True):
         axes = figure.add_subplot(place)
-        for name, run, style in ((arm.name, outcome.records, "-"), ("frozen encoder", frozen, "--")):
-            if run:
-                axes.plot([r.epoch for r in run], [scale * getattr(r, key) for r in run], style, label=name)
-        around = around_transitions(outcome.records)
+        for name, style, label_ in (("student", "-", "student"), ("frozen", "--", "frozen encoder")):
+            if name in runs:
+                records = runs[name].records
+                axes.plot([r.epoch for r in records], [scale * getattr(r, key) for r in records], style, label=label_)
+        around = around_transitions(student.records)
         for epoch in around:
             axes.axvline(epoch - 0.5, color="0.7", linewidth=0.8, zorder=0)
         axes.set(xlabel="epoch (grey: a block joins)", ylabel=label)
@@ -106,7 +100,7 @@ def draw_report(
         axes.legend(frameon=False)
         if key == "validation_loss":
             _draw_around(axes, around)
-    _draw_predictions(figure, grid, arm, examples, device)
+    _draw_predictions(figure, grid, student.arm, examples, device)
     figure.savefig(path, dpi=110)
 
 
@@ -129,9 +123,9 @@ def _draw_around(axes: Any, around: dict[int, tuple[float, float]]) -> None:
             )
 
 
-def _draw_blocks(figure: Figure, axes: Any, arm: Arm, outcome: Outcome) -> None:
-    records, end = outcome.records, len(outcome.records)
-    names = ["head", *(block.name for block in reversed(arm.blocks))]
+def _draw_blocks(figure: Figure, axes: Any, training: Training) -> None:
+    records, end = training.records, len(training.records)
+    names = ["head", *(block.name for block in reversed(training.arm.blocks))]
     rows: list[tuple[str, list[Span]]] = [
         (
             name,
@@ -139,9 +133,9 @@ def _draw_blocks(figure: Figure, axes: Any, arm: Arm, outcome: Outcome) -> None:
         )
         for place, name in enumerate(names)
     ]
-    draw_rows(figure, axes, rows, (0, end), [transition.epoch for transition in outcome.history])
+    draw_rows(figure, axes, rows, (0, end), [transition.epoch for transition in training.history])
     title = ["What trains when (grey: frozen), coloured by learning rate at the epoch's first step"]
-    for transition in outcome.history:
+    for transition in training.history:
         if transition.reason != "schedule":
             axes.axvline(transition.epoch, color="0.2", linewidth=1, linestyle=(0, (3, 2)))
             title += textwrap.wrap(f"from epoch {transition.epoch} on (dashed): {transition.reason}", 150)

@@ -1,73 +1,76 @@
-"""Bring the parts of a run to where a checkpoint left them: all of them, or none."""
+"""Bring the parts of a run to where a checkpoint left them."""
 
 from __future__ import annotations
 
-import copy
 import reprlib
-import warnings
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from unfreeze_sched.distill.checkpoints import CheckpointError, read_checkpoint
+from unfreeze_sched.distill.command.records import EpochRecord
 
-def restore(parts: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
-    """Load a checkpoint's states into a new run.
 
-    The objects' own `load_state_dict` look at little of what they load, and stop in the middle where they do. So copies
-    of them come first: they tell what the states have to look like, load them, and take one step with what they loaded.
-    Only what they took is loaded into the live objects.
+def restore(parts: Mapping[str, Any], path: Path) -> list[EpochRecord]:
+    """Load a checkpoint's states into a new run, each once it has been found to have the run's own names and shapes.
 
     Args:
-        parts: The new run's `model`, `optimizer`, `scheduler` and `unfreezer`.
-        saved: Their states under the same names.
+        parts: The new run's `unfreezer`, `model`, `scheduler`, `scaler` and `optimizer` (an AdamW), in this order: the
+            unfreezer makes the groups that the others' states are of.
+        path: The checkpoint.
+
+    Returns:
+        The records of the epochs before.
 
     Raises:
-        Exception: Nearly anything, where a state does not fit; `parts` are as they were.
-
-    Example:
-        >>> from torch import nn
-        >>> from unfreeze_sched import Block, ProgressiveUnfreezer, RatePreset, UnfreezeSchedule
-        >>> def begin():
-        ...     net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
-        ...     optimizer = torch.optim.AdamW(net[1].parameters())
-        ...     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 9)
-        ...     preset = RatePreset(unfreeze_start_epoch=0)
-        ...     schedule = UnfreezeSchedule(preset=preset, total_blocks=1, total_epochs=3)
-        ...     unfreezer = ProgressiveUnfreezer([Block("first", (net[0],))], optimizer, schedule, [scheduler])
-        ...     return {"model": net, "optimizer": optimizer, "scheduler": scheduler, "unfreezer": unfreezer}
-        >>> run, again = begin(), begin()
-        >>> _ = run["unfreezer"].apply(0)
-        >>> restore(again, {name: part.state_dict() for name, part in run.items()})
-        >>> len(again["optimizer"].param_groups), torch.equal(again["model"][0].weight, run["model"][0].weight)
-        (2, True)
+        CheckpointError: It is damaged, or of another run; `parts` are then of no more use.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the live objects give theirs
-        trial = copy.deepcopy(dict(parts))  # in one call, so that the copies know each other
-        trial["unfreezer"].load_state_dict(saved["unfreezer"])  # the groups that the others' states are of
-        _step(trial)  # the optimizer makes its states
-        for name in ("scheduler", "model", "optimizer"):
-            for misfit in _misfits(name, saved[name], trial[name].state_dict()):
-                raise ValueError(misfit)
-        _load(trial, copy.deepcopy(dict(saved)))  # the next step writes into the states that it loads
-        _step(trial)
-    parts["unfreezer"].load_state_dict(saved["unfreezer"])
-    _load(parts, saved)
+    saved = read_checkpoint(path)
+    if not isinstance(saved, dict) or set(saved) != {*parts, "records"}:
+        raise CheckpointError(
+            f"{path}: must be a checkpoint of this command, got another file; remove it to begin anew"
+        )
+    try:
+        records = [EpochRecord.model_validate(record) for record in saved["records"]]
+        if [record.epoch for record in records] != list(range(len(records))):
+            _refuse(iter(["records of other epochs"]))
+        for name, part in parts.items():
+            if name != "unfreezer":  # which looks at all of its state itself
+                _refuse(_misfits(name, saved[name], _expected(name, part)))
+            part.load_state_dict(saved[name])
+        _refuse(_other_rates(parts["scheduler"], parts["optimizer"]))
+    except Exception as error:  # a state that does not fit makes torch raise nearly anything
+        text = " ".join(str(error).split())[:400] or type(error).__name__
+        raise CheckpointError(
+            f"{path}: must be a checkpoint of this run, got one that does not fit ({text}); resume with its own folder"
+        ) from error
+    return records
 
 
-def _load(parts: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
-    for name in ("scheduler", "model", "optimizer"):
-        parts[name].load_state_dict(saved[name])
+def _refuse(misfits: Iterator[str]) -> None:
+    for misfit in misfits:
+        raise ValueError(misfit)
 
 
-def _step(parts: Mapping[str, Any]) -> None:
-    for group in parts["optimizer"].param_groups:
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
-    parts["optimizer"].step()
-    parts["scheduler"].step()
+def _expected(name: str, part: Any) -> Any:
+    """What a state has to look like: the part's own, and that of an AdamW which has taken a step."""
+    own = part.state_dict()
+    if name == "optimizer":
+        parameters = [parameter for group in part.param_groups for parameter in group["params"]]
+        own["state"] = {
+            index: {"step": torch.zeros(()), "exp_avg": parameter.detach(), "exp_avg_sq": parameter.detach()}
+            for index, parameter in enumerate(parameters)
+        }
+    return own
+
+
+def _other_rates(scheduler: Any, optimizer: torch.optim.Optimizer) -> Iterator[str]:
+    for last, group in zip(scheduler.get_last_lr(), optimizer.param_groups, strict=True):
+        if last != group["lr"]:
+            yield f"a learning rate is {group['lr']}, not the scheduler's {last}"
 
 
 def _misfits(where: str, saved: Any, own: Any) -> Iterator[str]:
@@ -94,4 +97,6 @@ def _fixed(where: str, value: Any) -> Any:
     """What of a value every state of a run has in common: names, places of parameters, shapes."""
     if isinstance(value, Tensor):
         return tuple(value.shape), value.dtype, value.layout, value.is_meta
+    if where.endswith("['T_max']"):
+        return "above 0" if value > 0 else value  # other ranks may share an epoch into other steps
     return value if isinstance(value, str) or "['params']" in where else None

@@ -6,6 +6,8 @@ import argparse
 import copy
 import json
 import time
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -13,191 +15,233 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
+from timm.layers import convert_sync_batchnorm
 
 from unfreeze_sched import Block, MilestonePreset, UnfreezeSchedule, encoder_blocks
-from unfreeze_sched.distill.checkpoints import save_atomically
-from unfreeze_sched.distill.command import board
+from unfreeze_sched.distill.checkpoints import replacing, save_atomically
 from unfreeze_sched.distill.command.arguments import preset_from
-from unfreeze_sched.distill.command.arms import Arm, Settings, imitating
-from unfreeze_sched.distill.command.data import SegmentationData
+from unfreeze_sched.distill.command.arms import Arm, Imitating, Settings
 from unfreeze_sched.distill.command.evaluation import Evaluation, evaluate
+from unfreeze_sched.distill.command.imagenet import load_first_weights
 from unfreeze_sched.distill.command.inputs import classes_for, data_of
 from unfreeze_sched.distill.command.ranks import Ranks, joined
-from unfreeze_sched.distill.command.records import Outcome, around_transitions
+from unfreeze_sched.distill.command.records import around_transitions
 from unfreeze_sched.distill.command.report import draw_report, phase_table
-from unfreeze_sched.distill.command.runfolder import new_folder, save_arguments, saved_arguments
-from unfreeze_sched.distill.command.runlog import RunLog, warn, warnings_in_one_line
-from unfreeze_sched.distill.command.training import train
-from unfreeze_sched.distill.loss import DistillationLoss
-from unfreeze_sched.distill.wrapper import (
-    LATER,
-    DistillationUNetWrapper,
-    StudentUnet,
-    build_unet,
-    freeze_outside,
-    load_student_weights,
+from unfreeze_sched.distill.command.runfolder import (
+    check_output,
+    claim,
+    held,
+    in_words,
+    inputs_of,
+    parsed,
+    refuse_other_inputs,
+    remove_left_overs,
+    rooted,
+    saved_run,
 )
+from unfreeze_sched.distill.command.runlog import RunLog, check_tensorboard, say, warn, warnings_in_one_line
+from unfreeze_sched.distill.command.training import Training
+from unfreeze_sched.distill.loss import DistillationLoss
+from unfreeze_sched.distill.wrapper import LATER, DistillationUNetWrapper, StudentUnet, build_unet, freeze_outside
 from unfreeze_sched.guards import OverfitGuard
 
 # A teacher is fine-tuned whole, its encoder at this fraction of the head's rate.
 _TEACHER_SCALE = 0.3
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace, words: Sequence[str]) -> None:
     """Carry out the run that the arguments ask for, on all the ranks that torchrun started.
 
+    Args:
+        args: The arguments.
+        words: Of the command line, from which they were parsed.
+
     Raises:
-        ValueError, OSError, ModuleNotFoundError: With one line that says what was wrong and what to do.
+        ValueError, OSError, ModuleNotFoundError: With one line that says what was wrong and what to do; nothing was
+            written where something was refused.
     """
-    with joined() as ranks, warnings_in_one_line(ranks):
-        _run(args, ranks)
+    with joined() as ranks, warnings_in_one_line(ranks), ExitStack() as stack:
+        _run(args, words, ranks, stack)
 
 
-def _run(args: argparse.Namespace, ranks: Ranks) -> None:
+def _run(args: argparse.Namespace, words: Sequence[str], ranks: Ranks, stack: ExitStack) -> None:
     begin = time.perf_counter()
-    console = Console(highlight=False, soft_wrap=True, quiet=not ranks.leads)
-    resumed = args.resume is not None
-    # Files are looked at by rank 0 alone, which is about to write there.
-    output, args = ranks.agree(_folder_and_arguments(args) if ranks.leads else None)
-    if args.tensorboard and ranks.leads:
-        board.check()
-    _refuse_many_ranks(args.batch_size, ranks)
-    settings = Settings(args.epochs, args.lr, args.batch_size, args.seed, ranks.device(args.device))
-    training, validation, test = data_of(args, partial(console.print, markup=False))
+    resumed = None if args.resume is None else Path(args.resume)
+    # The run's folder is looked at by rank 0 alone, which is about to write there.
+    args = ranks.agree(_asked(args, resumed, stack) if ranks.leads else None)
+    if args.tensorboard:
+        check_tensorboard()
+    settings = _settings(args, ranks)
+    training, validation, test = data_of(args, partial(say, ranks=ranks))
+    _refuse_many_ranks(settings.batch_size, len(training), ranks)
     n_images = len(training) + (len(validation) if args.val is None else 0)
-    classes = classes_for(args.teacher, training)
-    console.print(
+    wrapper, student = _student(args, classes_for(args.teacher, training), settings, n_images)
+    arms = [student, _frozen_twin(wrapper, student)] if args.compare_frozen else [student]
+    if args.teacher is None:
+        arms.insert(0, _teacher(args, wrapper, settings))
+    runs = {
+        arm.name: Training(
+            arm,
+            training,
+            validation,
+            replace(settings, epochs=args.teacher_epochs or settings.epochs) if arm.name == "teacher" else settings,
+            ranks,
+            None if resumed is None else resumed / arm.name / "last.pth",
+        )
+        for arm in arms
+    }
+    # All that can be refused has been, before a teacher is trained for nothing; only now something is written.
+    output = resumed or ranks.agree(claim(args.output, words, inputs_of(args)) if ranks.leads else None)
+    if ranks.leads and not resumed:
+        stack.enter_context(held(output))
+    of_ranks = f", {ranks.world} ranks" if ranks.world > 1 else ""
+    say(
         f"{n_images} training images, {len(validation)} {'of them ' if args.val is None else ''}for validation, "
         f"{len(test)} for the test; "
-        f"{training.classes} classes; {settings.device}{f', {ranks.world} ranks' if ranks.world > 1 else ''}; "
-        f"into {output}"
+        f"{training.classes} classes; {settings.device}{of_ranks}; into {output}",
+        ranks,
     )
-    # All that can be refused is, before a teacher has been trained for nothing.
-    wrapper, student = _student(args, classes, settings, n_images)
     for line in _forecast(student.blocks, student.schedule):
-        console.print(line)
+        say(line, ranks)
     if student.guard is not None and ranks.leads:
         _warn_of_patience(student.guard.patience, student.schedule)
-    if ranks.leads and not resumed:
-        save_arguments(args, output)
-    with RunLog(console, output, ranks, events=args.tensorboard) as run_log:
-        if args.teacher is None:
-            path = _train_teacher(args, classes, training, validation, settings, output, run_log, ranks)
-            wrapper.load_teacher(path)
-        arms = [student, _frozen_twin(wrapper, student)] if args.compare_frozen else [student]
-        outcomes: dict[str, Outcome] = {}
-        for arm in arms:
-            _make_folder(output / arm.name, ranks)
-            run_log.begin(arm.name, settings.epochs, training, settings)
-            torch.manual_seed(settings.seed)  # stochastic depth draws alike in both arms
-            outcomes[arm.name] = train(arm, training, validation, settings, output / arm.name, run_log, ranks)
-            if ranks.leads:
-                save_atomically(arm.unet.state_dict(), output / f"{arm.name}.pth")
-    scores = {arm.name: evaluate(arm, test, settings, ranks) for arm in arms}
-    if ranks.leads:
-        _show(console, output, outcomes, scores, len(test))
-        frozen = outcomes["frozen"].records if "frozen" in outcomes else ()
-        draw_report(output / "report.png", student, outcomes["student"], frozen, test, settings.device)
-        console.print(f"{output / 'report.png'} shows the run; {time.perf_counter() - begin:.0f} s in all")
+    with in_words(output):
+        _train(runs, wrapper, output, ranks, events=args.tensorboard)
+        runs.pop("teacher", None)
+        scores = {name: evaluate(each.arm, test, settings, ranks) for name, each in runs.items()}
+        if ranks.leads:
+            _show(output, runs, scores, len(test), ranks)
+            draw_report(output / "report.png", runs, test, settings.device)
+    say(f"{output / 'report.png'} shows the run; {time.perf_counter() - begin:.0f} s in all", ranks)
 
 
-def _show(
-    console: Console, output: Path, outcomes: dict[str, Outcome], scores: dict[str, Evaluation], images: int
+def _train(
+    runs: dict[str, Training], wrapper: DistillationUNetWrapper, output: Path, ranks: Ranks, *, events: bool
 ) -> None:
+    """Train the arms, one after the other; the wrapper takes over the weights of a teacher among them."""
+    if ranks.leads:
+        remove_left_overs([output, *(output / name for name in runs)])
+    with RunLog(output, ranks, events=events) as run_log:
+        for name, each in runs.items():
+            run_log.begin(name, each.steps, each.done)
+            each.run(output / name, run_log)
+            if ranks.leads:
+                save_atomically(each.arm.unet.state_dict(), output / f"{name}.pth")
+            if name == "teacher":
+                wrapper.teacher.load_state_dict(each.arm.unet.state_dict())
+                miou = 100 * each.records[-1].validation_miou
+                run_log.tell(f"teacher: validation mIoU {miou:.1f} %; kept as {output / 'teacher.pth'}, for --teacher")
+
+
+def _asked(args: argparse.Namespace, resumed: Path | None, stack: ExitStack) -> argparse.Namespace:
+    """The arguments of the run, or of the interrupted one, which has to find what it was begun with."""
+    if resumed is None:
+        check_output(args.output)
+        return args
+    (saved, inputs), args = saved_run(resumed), rooted(args, str(Path.cwd()))
+    for name, default in vars(parsed([])).items():
+        given, begun = getattr(args, name), getattr(saved, name)
+        if name != "resume" and given not in (default, begun):
+            raise ValueError(
+                f"`--{name.replace('_', '-')}` must be as the run was begun with, {begun}, got {given}; "
+                "leave it out beside --resume, or begin a new run"
+            )
+    with in_words(resumed):
+        stack.enter_context(held(resumed))
+    refuse_other_inputs(inputs, inputs_of(saved))
+    return saved
+
+
+def _settings(args: argparse.Namespace, ranks: Ranks) -> Settings:
+    settings = Settings(
+        args.epochs,
+        args.lr,
+        args.batch_size,
+        args.seed,
+        ranks.device(args.device),
+        args.precision,
+        args.accumulate,
+        args.gradient_clip,
+        args.num_workers,
+    )
+    settings.check()
+    if args.sync_batchnorm and torch.device(settings.device).type != "cuda":
+        raise ValueError(
+            f"`--sync-batchnorm` must run on CUDA, which alone has such norms, got {settings.device}; leave it out, or "
+            "freeze the norms with --norms frozen"
+        )
+    return settings
+
+
+def _show(output: Path, runs: dict[str, Training], scores: dict[str, Evaluation], images: int, ranks: Ranks) -> None:
     """The tables, the scores on the test part, and `result.json`."""
     result: dict[str, Any] = {}
-    for name, outcome in outcomes.items():
-        console.print(phase_table(outcome.records, f"{name}: loss and mIoU on the validation part"), markup=False)
-        if outcome.held:
-            console.print(f"{name}: {outcome.held}")
+    for name, each in runs.items():
+        say(phase_table(each.records, f"{name}: loss and mIoU on the validation part"), ranks)
+        if each.held:
+            say(f"{name}: {each.held}", ranks)
     for name, score in scores.items():
-        console.print(f"test part, {images} images, {name}: loss {score.loss:.3f}, mIoU {100 * score.miou:.1f} %")
-        result[name] = {"test_loss": score.loss, "test_miou": score.miou, **_told(outcomes[name])}
-    (output / "result.json").write_text(json.dumps(result, indent=2))
+        say(f"test part, {images} images, {name}: loss {score.loss:.3f}, mIoU {100 * score.miou:.1f} %", ranks)
+        result[name] = {"test_loss": score.loss, "test_miou": score.miou, **_told(runs[name])}
+    with replacing(output / "result.json") as file:
+        file.write(json.dumps(result, indent=2).encode())
 
 
-def _frozen_twin(wrapper: DistillationUNetWrapper, student: Arm) -> Arm:
-    """The same student before its training, whose encoder stays frozen; it shares the teacher."""
-    twin = copy.deepcopy(wrapper, {id(wrapper.teacher): wrapper.teacher})
-    schedule = _constant(0, len(twin.blocks))
-    return replace(
-        student, name="frozen", unet=twin.student, forward=twin, blocks=twin.blocks, schedule=schedule, guard=None
-    )
-
-
-def _folder_and_arguments(args: argparse.Namespace) -> tuple[Path, argparse.Namespace]:
-    if args.resume is not None:
-        output = Path(args.resume)
-        return output, saved_arguments(output)
-    if args.guard_restore and args.guard_patience is None:
-        raise ValueError("`--guard-restore` must come with --guard-patience, got none; add --guard-patience 3")
-    return new_folder(args.output), args
-
-
-def _make_folder(folder: Path, ranks: Ranks) -> None:
-    if ranks.leads:
-        folder.mkdir(exist_ok=True)
-    ranks.agree(None)
-
-
-def _refuse_many_ranks(batch_size: int, ranks: Ranks) -> None:
-    if batch_size < ranks.world:
+def _refuse_many_ranks(batch_size: int, images: int, ranks: Ranks) -> None:
+    """See that each rank gets as many images of a batch as the others, and at least two, which a batch norm needs."""
+    least, world = 2 * ranks.world, ranks.world
+    if world > 1 and (batch_size % world or batch_size < least):
         raise ValueError(
-            f"`--batch-size` must be at least the number of ranks, {ranks.world}, got {batch_size}; "
-            "it is that of all ranks together, so raise it or start fewer"
+            f"`--batch-size` must be a multiple of the number of ranks, {world}, and at least {least}, got "
+            f"{batch_size}; it is that of all ranks together, so pass {max(least, batch_size // world * world)}"
         )
+    if world > 1 and images < least:
+        raise ValueError(f"the training images must be at least {least} for {world} ranks, got {images}; start fewer")
 
 
-def _train_teacher(
-    args: argparse.Namespace,
-    classes: int,
-    training: SegmentationData,
-    validation: SegmentationData,
-    settings: Settings,
-    output: Path,
-    run_log: RunLog,
-    ranks: Ranks,
-) -> Path:
+def _teacher(args: argparse.Namespace, wrapper: DistillationUNetWrapper, settings: Settings) -> Arm:
+    """The teacher to train first, built as the wrapper's own, which takes its weights over."""
     torch.manual_seed(settings.seed)
+    classes = wrapper.teacher.segmentation_head[0].out_channels  # type: ignore[index,union-attr]  # smp ships no types
     unet = build_unet(StudentUnet, args.teacher_encoder, classes)
-    load_student_weights(unet.encoder, args.teacher_encoder, "imagenet" if args.student_weights == "imagenet" else None)
+    load_first_weights(unet.encoder, args.teacher_encoder, "imagenet" if args.student_weights == "imagenet" else "none")
+    if args.sync_batchnorm:
+        convert_sync_batchnorm(unet)
     unet.to(settings.device)
     blocks = encoder_blocks(unet)
     freeze_outside(blocks, unet.encoder)
-    settings = replace(settings, epochs=args.teacher_epochs or settings.epochs)
-    schedule = _constant(len(blocks), len(blocks))
-    arm = Arm(
-        "teacher", unet, imitating(unet), blocks, schedule, _TEACHER_SCALE, args.norms, DistillationLoss(alpha=0.0)
-    )
-    _make_folder(output / arm.name, ranks)
-    run_log.begin(arm.name, settings.epochs, training, settings)
-    record = train(arm, training, validation, settings, output / arm.name, run_log, ranks).records[-1]
-    path = output / "teacher.pth"
-    if ranks.leads:
-        save_atomically(unet.state_dict(), path)
-    ranks.agree(None)  # the file is there
-    run_log.transition(f"teacher: validation mIoU {100 * record.validation_miou:.1f} %; kept as {path}, for --teacher")
-    return path
+    schedule, loss = _constant(len(blocks), len(blocks)), DistillationLoss(alpha=0.0)
+    return Arm("teacher", unet, Imitating(unet), blocks, schedule, _TEACHER_SCALE, args.norms, loss)
 
 
 def _student(
     args: argparse.Namespace, classes: int, settings: Settings, n_images: int
 ) -> tuple[DistillationUNetWrapper, Arm]:
     """The student beside its teacher, whose weights come later where it has to be trained first."""
+    if args.guard_restore and args.guard_patience is None:
+        raise ValueError("`--guard-restore` must come with --guard-patience, got none; add --guard-patience 3")
     torch.manual_seed(settings.seed)
+    preset = preset_from(args, n_images)
     wrapper = DistillationUNetWrapper(
         args.student_encoder,
         LATER if args.teacher is None else args.teacher,
-        progressive_unfreeze=preset_from(args, n_images) is not None,
+        progressive_unfreeze=preset is not None,
         teacher_encoder=args.teacher_encoder,
         classes=classes,
-        student_weights=None if args.student_weights == "none" else args.student_weights,
-    ).to(settings.device)
-    schedule, scale = _schedule(args, len(wrapper.blocks), settings.epochs, n_images)
-    guard = None
+        student_weights=None,
+    )
+    load_first_weights(wrapper.student.encoder, args.student_encoder, args.student_weights)
+    if args.sync_batchnorm:
+        convert_sync_batchnorm(wrapper.student)
+    wrapper.to(settings.device)
+    total, guard = len(wrapper.blocks), None
+    if preset is None:  # as in the guide, the encoder trains from the start
+        schedule, scale = _constant(total, total), args.learning_rate_scale or 1.0
+    else:
+        schedule = UnfreezeSchedule(preset=preset, total_blocks=total, total_epochs=settings.epochs)
+        scale = preset.learning_rate_scale
     if args.guard_patience is not None:
-        if preset_from(args, n_images) is None:
+        if preset is None:
             raise ValueError(
                 "`--guard-patience` must come with progressive unfreezing, got an encoder that trains from epoch 0; "
                 "add --preset auto"
@@ -208,13 +252,13 @@ def _student(
     )
 
 
-def _schedule(args: argparse.Namespace, blocks: int, epochs: int, n_images: int) -> tuple[UnfreezeSchedule, float]:
-    """The student's schedule, and the ratio of its blocks' learning rates to the head's."""
-    preset = preset_from(args, n_images)
-    if preset is None:  # as in the guide, the encoder trains from the start
-        return _constant(blocks, blocks), args.learning_rate_scale or 1.0
-    schedule = UnfreezeSchedule(preset=preset, total_blocks=blocks, total_epochs=epochs)
-    return schedule, preset.learning_rate_scale
+def _frozen_twin(wrapper: DistillationUNetWrapper, student: Arm) -> Arm:
+    """The same student before its training, whose encoder stays frozen; it shares the teacher."""
+    twin = copy.deepcopy(wrapper, {id(wrapper.teacher): wrapper.teacher})
+    schedule = _constant(0, len(twin.blocks))
+    return replace(
+        student, name="frozen", unet=twin.student, forward=twin, blocks=twin.blocks, schedule=schedule, guard=None
+    )
 
 
 def _constant(number: int, total: int) -> UnfreezeSchedule:
@@ -248,11 +292,11 @@ def _warn_of_patience(patience: int, schedule: UnfreezeSchedule) -> None:
         )
 
 
-def _told(outcome: Outcome) -> dict[str, Any]:
+def _told(training: Training) -> dict[str, Any]:
     """What the history and the guard add to an arm's result."""
-    around = around_transitions(outcome.records)
+    around = around_transitions(training.records)
     transitions = []
-    for transition in outcome.history:
+    for transition in training.history:
         before, after = around.get(transition.epoch, (None, None))
         transitions.append(
             {
@@ -264,4 +308,4 @@ def _told(outcome: Outcome) -> dict[str, Any]:
                 "validation_loss_after": after,
             }
         )
-    return {"transitions": transitions, "held": outcome.held or None}
+    return {"transitions": transitions, "held": training.held or None}

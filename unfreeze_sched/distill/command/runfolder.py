@@ -1,79 +1,215 @@
-"""The folder of a run: new and empty, or that of an interrupted run with the arguments that it was begun with."""
+"""The folder of a run: claimed by one process, with the command line and a fingerprint of what the run reads.
+
+What is refused is a ValueError of one line, and what cannot be written an OSError of one.
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
-import reprlib
+import errno
+import hashlib
+import os
 import time
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, NoReturn
 
+from unfreeze_sched._checks import FrozenModel, listed
 from unfreeze_sched.distill.command.arguments import add_arguments
 
+_FILE = "arguments.json"
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_CLOSED = {errno.EACCES, errno.EPERM, errno.EROFS}
+_NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP}  # of file systems that have no hard links
 
-def save_arguments(args: argparse.Namespace, output: Path) -> None:
-    """Keep the arguments for a resume, which may be started from another folder."""
-    for name in ("data", "val", "test", "teacher", "student_weights"):
-        value = getattr(args, name)
-        if value is not None and Path(value).exists():
-            setattr(args, name, str(Path(value).resolve()))
-    partial = output / "arguments.json.partial"
-    partial.write_text(json.dumps({name: value for name, value in vars(args).items() if name != "command"}, indent=2))
-    partial.replace(output / "arguments.json")
+Inputs = dict[str, str]
+"""What a run reads: a file, by its flag and its path below -> its size and its content's hash."""
 
 
-def saved_arguments(output: Path) -> argparse.Namespace:
-    """The arguments that the run in a folder was begun with.
+class _Begun(FrozenModel):
+    """What a run keeps of its beginning."""
 
-    Raises:
-        ValueError: It is no folder of a run, or of another version's.
-    """
-    path = output / "arguments.json"
-    known = argparse.ArgumentParser()
-    add_arguments(known)
-    expected, problem = set(vars(known.parse_args([]))), "arguments of another version"
-    try:
-        saved = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        saved, problem = None, type(error).__name__
-    actions = known._actions  # noqa: SLF001  # argparse has no public name for them
-    fits = isinstance(saved, dict) and set(saved) == expected
-    if fits and (wrong := [a.dest for a in actions if a.dest in saved and not _takes(a, saved[a.dest])]):
-        fits, problem = False, f"{wrong[0]} is {reprlib.repr(saved[wrong[0]])}"
-    if not fits:
+    words: tuple[str, ...]
+    folder: str
+    inputs: Inputs
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises where the command line's own would end the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def parsed(words: Sequence[str]) -> argparse.Namespace:
+    """The arguments of `unfreeze-sched distill`."""
+    parser = _Parser(add_help=False)
+    add_arguments(parser)
+    return parser.parse_args(words)
+
+
+def inputs_of(args: argparse.Namespace) -> Inputs:
+    """The fingerprint of the images, masks and weights that a run's flags name."""
+    found: Inputs = {}
+    for flag, value in _paths(args):
+        path = Path(value)
+        within = (file for part in ("images", "masks") for file in sorted((path / part).glob("[!.]*")))
+        for file in within if path.is_dir() else [path]:
+            if file.is_file():
+                with file.open("rb") as content:
+                    digest = hashlib.file_digest(content, "sha256").hexdigest()[:32]
+                name = f"--{flag.replace('_', '-')} {file.relative_to(path).as_posix()}".removesuffix(" .")
+                found[name] = f"{file.stat().st_size} {digest}"
+    return found
+
+
+def _paths(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
+    """The arguments that are paths, as they were given."""
+    for flag in ("data", "val", "test", "teacher", "student_weights"):
+        value = getattr(args, flag, None)
+        if value is not None and value not in {"imagenet", "none"}:  # words of --student-weights
+            yield flag, value
+
+
+def refuse_other_inputs(saved: Inputs, now: Inputs) -> None:
+    """See that a run goes on with what it was begun with."""
+    kinds = {
+        "added": [name for name in now if name not in saved],
+        "gone": [name for name in saved if name not in now],
+        "changed": [name for name in now if saved.get(name, now[name]) != now[name]],
+    }
+    if found := [f"{kind}: {listed(names, 3)}" for kind, names in kinds.items() if names]:
         raise ValueError(
-            f"`--resume` must be the folder of a run of this command, got {output}, whose arguments.json cannot be "
-            f"read ({problem}); give the folder that the run named at its start"
+            f"`--resume` must find what the run was begun with, got files {'; '.join(found)}; "
+            "put them back, or begin a new run"
         )
-    return argparse.Namespace(**saved)
 
 
-def _takes(action: argparse.Action, value: Any) -> bool:
-    """Whether an option of the command line gives such a value."""
-    if action.nargs == 0:
-        return isinstance(value, bool)
-    if value is None or value == action.default:
-        return type(value) is type(action.default)
-    read = action.type if callable(action.type) else str
-    try:
-        again = read(str(value))
-    except (ValueError, argparse.ArgumentTypeError):
-        return False
-    return type(again) is type(value) and again == value and (action.choices is None or value in action.choices)
-
-
-def new_folder(name: str | None) -> Path:
-    """A new or empty folder; by default named by the time.
-
-    Raises:
-        ValueError: There is something in it.
-        OSError: It cannot be made.
-    """
-    folder = Path(name or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+def check_output(name: str | None) -> None:
+    """See that a run can be begun in a folder; nothing is made."""
+    folder = Path(name or "runs")
+    if name and folder.exists() and (not folder.is_dir() or not all(map(_left_over, folder.iterdir()))):
         raise ValueError(
             f"`--output` must be a new or empty folder, got {folder}; name another, nothing is overwritten"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"`--output` must be a folder that can be written, got {folder}, for which {there} is not; name another"
+        )
+
+
+def _left_over(path: Path) -> bool:
+    """Whether a killed process left a file that it had not finished."""
+    return path.is_file() and path.suffix in {".tmp", ".partial"}
+
+
+def claim(name: str | None, words: Sequence[str], inputs: Inputs) -> Path:
+    """Make a run's folder, for this process alone.
+
+    Args:
+        name: Its path; None names it by the time.
+        words: The command line.
+        inputs: What the run reads.
+    """
+    content = _Begun(words=tuple(words), folder=str(Path.cwd()), inputs=inputs).model_dump_json(indent=1)
+    begin, attempt = time.strftime("%Y%m%d-%H%M%S"), 1
+    while True:
+        folder = Path(name or f"runs/{begin}{f'-{attempt}' if attempt > 1 else ''}")
+        try:
+            with in_words(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                _create(folder / _FILE, content)
+        except FileExistsError:
+            if name:
+                raise ValueError(
+                    f"`--output` must be a new or empty folder, got {folder}, which another run took; name another"
+                ) from None
+            attempt += 1
+        else:
+            return folder
+
+
+def _create(path: Path, content: str) -> None:
+    """Write a new file that is whole from its first moment; of two processes one gets a FileExistsError."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        temporary.write_text(content, encoding="utf-8")
+        try:
+            os.link(temporary, path)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            with path.open("x", encoding="utf-8") as file:
+                file.write(content)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def saved_run(output: Path) -> tuple[argparse.Namespace, Inputs]:
+    """The arguments that the run in a folder was begun with, and what it read."""
+    path = output / _FILE
+    try:
+        # A pipe of that name would be waited for.
+        begun = _Begun.model_validate_json(path.read_bytes() if path.is_file() else b"")
+        args = parsed(begun.words)
+    except (OSError, ValueError) as error:
+        reason = str(error) if type(error) is ValueError else type(error).__name__
+        raise ValueError(
+            f"`--resume` must be the folder of a run of this command, got {output}, whose {_FILE} cannot be read "
+            f"({reason}); give the folder that the run named at its start"
+        ) from error
+    return rooted(args, begun.folder), begun.inputs
+
+
+def rooted(args: argparse.Namespace, folder: str) -> argparse.Namespace:
+    """The arguments with paths that lead from anywhere, where they were given in a folder."""
+    return argparse.Namespace(**vars(args) | {flag: str(Path(folder, value)) for flag, value in _paths(args)})
+
+
+@contextmanager
+def held(output: Path) -> Iterator[None]:
+    """Within it no other process goes on with the run; the system lets go of a process that is killed."""
+    with (output / _FILE).open("r+b") as file:
+        with suppress(ModuleNotFoundError):  # Windows
+            _lock(file, output)
+        yield
+
+
+def _lock(file: IO[bytes], output: Path) -> None:
+    import fcntl  # noqa: PLC0415  # not everywhere
+
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise ValueError(
+            f"`--resume` must be a folder that no process is at work in, got {output}; wait for its end, or stop it"
+        ) from None
+    except OSError:  # a file system without locks
+        return
+
+
+@contextmanager
+def in_words(output: Path) -> Iterator[None]:
+    """Say what to do where the folder of a run cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            again = f"go on with --resume {output}" if (output / _FILE).exists() else "start again"
+            text = f"have room, got a full disk ({error.strerror}); make some, and {again}"
+        elif error.errno in _CLOSED and Path(str(error.filename)).is_relative_to(output):
+            text = f"be a folder that can be written, got {error.filename} ({error.strerror}); change its permissions, "
+            text += "or name another with --output"
+        else:
+            raise
+        raise OSError(f"{output} must {text}") from error
+
+
+def remove_left_overs(folders: Iterable[Path]) -> None:
+    """Remove the files that a killed process had not finished."""
+    for folder in folders:
+        for path in folder.glob(".*.tmp"):
+            path.unlink(missing_ok=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import warnings
 from collections.abc import Iterator
@@ -10,87 +9,102 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tqdm import tqdm
 
-from unfreeze_sched.distill.command.arms import Settings
-from unfreeze_sched.distill.command.board import Board
-from unfreeze_sched.distill.command.data import SegmentationData
+from unfreeze_sched._checks import plain
 from unfreeze_sched.distill.command.ranks import Ranks
 from unfreeze_sched.distill.command.records import EpochRecord
+
+
+def check_tensorboard() -> None:
+    """See that TensorBoard is there, before anything is trained."""
+    try:
+        import torch.utils.tensorboard  # noqa: F401, PLC0415  # an extra, on use alone
+    except ImportError:
+        raise ModuleNotFoundError(
+            "`--tensorboard` needs tensorboard, which is not installed; pip install 'unfreeze-sched[tensorboard]'",
+            name="tensorboard",
+        ) from None
 
 
 class RunLog:
     """Tells the console of the run, and files of its epochs; on other ranks than the first it is silent.
 
+    A resumed run tells its past anew, from the checkpoints' records, so each epoch stands in the files once.
+
     Args:
-        console: Where lines go.
         output: The run's folder.
         ranks: Those that train together.
         events: Whether to write for TensorBoard, too.
     """
 
-    def __init__(self, console: Console, output: Path, ranks: Ranks, *, events: bool) -> None:
-        self._progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
-        )
-        self._output = output
+    def __init__(self, output: Path, ranks: Ranks, *, events: bool) -> None:
+        self._output, self._ranks, self._events = output, ranks, events and ranks.leads
         self._metrics = (output / "metrics.jsonl").open("w", encoding="utf-8") if ranks.leads else None
-        self._events = events and ranks.leads
-        self._board: Board | None = None
-        self._task: Any = None
-        self._name = ""
-        self._steps = 0
+        self._board: Any = None
+        self._bar: Any = None
 
     def __enter__(self) -> Self:
-        if self._metrics:
-            self._progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-        if self._board:
-            self._board.close()
-        if self._metrics:
-            self._metrics.close()
+        for each in (self._bar, self._board, self._metrics):
+            if each is not None:
+                each.close()
 
-    def begin(self, name: str, epochs: int, training: SegmentationData, settings: Settings) -> None:
-        """A new arm, of so many epochs."""
-        if self._task is not None:
-            self._progress.remove_task(self._task)
-        if self._board:
-            self._board.close()
-        self._board = Board(self._output / name) if self._events else None
-        self._name = name
-        self._steps = -(-len(training) // settings.batch_size)
-        self._task = self._progress.add_task(name, total=epochs * self._steps)
+    def begin(self, name: str, steps: int, done: int) -> None:
+        """A new arm, of so many steps, some of which an interrupted process has done."""
+        for each in (self._bar, self._board):
+            if each is not None:
+                each.close()
+        # On a terminal alone, and gone when it is through.
+        self._bar = tqdm(desc=name, total=steps, initial=done, leave=False, disable=None if self._ranks.leads else True)
+        if self._events:
+            from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415  # an extra, on use alone
+
+            for old in (self._output / name).glob("events.out.tfevents.*"):
+                old.unlink()
+            self._board = SummaryWriter(str(self._output / name))
 
     def step(self) -> None:
         """One optimizer step was taken."""
-        self._progress.advance(self._task)
+        self._bar.update()
 
-    def transition(self, line: str) -> None:
-        """Something about the blocks, in one line."""
-        self._progress.console.print(line)
+    def tell(self, line: str) -> None:
+        """Something about the run, in one line."""
+        say(line, self._ranks)
 
     def epoch(self, record: EpochRecord) -> None:
         """An epoch is over."""
         if self._metrics:
-            self._metrics.write(json.dumps(record.as_dict()) + "\n")
+            self._metrics.write(record.model_dump_json() + "\n")
             self._metrics.flush()
         if self._board:
-            self._board.add(record)
-        self._progress.update(
-            self._task,
-            completed=(record.epoch + 1) * self._steps,
-            description=f"{self._name}, epoch {record.epoch}: loss {record.train_loss:.3f}, "
-            f"mIoU {100 * record.validation_miou:.1f} %",
-        )
+            scalars = {
+                "loss/training": record.train_loss,
+                "loss/validation": record.validation_loss,
+                "mIoU/validation": record.validation_miou,
+                "blocks/unfrozen": record.blocks,
+                **{f"learning_rate/{name}": rate for name, rate in record.learning_rates.items()},
+            }
+            for tag, value in scalars.items():
+                self._board.add_scalar(tag, value, record.epoch)
+            self._board.flush()
+        figures = f"loss {record.train_loss:.3f}, mIoU {100 * record.validation_miou:.1f} %"
+        self._bar.set_description(f"{record.arm}, epoch {record.epoch}: {figures}")
+
+
+def say(text: str, ranks: Ranks) -> None:
+    """Text on standard output, above the bar; rank 0 alone says it."""
+    if ranks.leads:
+        with tqdm.external_write_mode():
+            print("\n".join(map(plain, text.split("\n"))), flush=True)  # noqa: T201  # a command's voice
 
 
 def warn(text: str) -> None:
     """A warning, as a line on standard error."""
-    print(f"unfreeze-sched: warning: {' '.join(text.split())}", file=sys.stderr, flush=True)  # noqa: T201  # a command's voice
+    with tqdm.external_write_mode():
+        print(f"unfreeze-sched: warning: {plain(' '.join(text.split()))}", file=sys.stderr, flush=True)  # noqa: T201  # a command's voice
 
 
 @contextmanager

@@ -4,223 +4,200 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from unfreeze_sched import ProgressiveUnfreezer
-from unfreeze_sched.distill.checkpoints import CheckpointError, read_checkpoint, save_atomically
-from unfreeze_sched.distill.command.arms import Arm, Settings, imitating
+from unfreeze_sched.distill.checkpoints import save_atomically
+from unfreeze_sched.distill.command.arms import Arm, Settings
 from unfreeze_sched.distill.command.data import SegmentationData, epoch_generator
-from unfreeze_sched.distill.command.evaluation import batches_of, evaluate, loaded
-from unfreeze_sched.distill.command.joint import joint_forward, wrap
-from unfreeze_sched.distill.command.memory import saved_for_backward
+from unfreeze_sched.distill.command.evaluation import evaluate, loaded, shares_of
 from unfreeze_sched.distill.command.ranks import ALONE, Ranks
-from unfreeze_sched.distill.command.records import EpochRecord, Outcome, records_of
+from unfreeze_sched.distill.command.records import EpochRecord
 from unfreeze_sched.distill.command.restore import restore
-from unfreeze_sched.guards import OverfitGuard
+from unfreeze_sched.distill.command.runlog import RunLog
+from unfreeze_sched.history import Transition
 from unfreeze_sched.optimizer.groups import BLOCK_KEY
-from unfreeze_sched.parallel import rewrap_ddp
-
-__all__ = ["Arm", "EpochRecord", "Progress", "Settings", "imitating", "train"]
+from unfreeze_sched.plan.memory import saved_for_backward
 
 
-class Progress(Protocol):
-    """What the loop tells about itself."""
+class Training:
+    """An arm and all that trains it, brought to where its checkpoint left it; nothing is written before `run`.
 
-    def step(self) -> None:
-        """One optimizer step was taken."""
-
-    def transition(self, line: str) -> None:
-        """Blocks joined, or are held back, or have trained for an epoch; one line of text."""
-
-    def epoch(self, record: EpochRecord) -> None:
-        """An epoch is over."""
-
-
-def train(
-    arm: Arm,
-    training: SegmentationData,
-    validation: SegmentationData,
-    settings: Settings,
-    folder: Path,
-    progress: Progress,
-    ranks: Ranks = ALONE,
-) -> Outcome:
-    """Train one arm, and leave `last.pth` in its folder after each epoch; go on from it where it is there.
-
-    An interrupted arm goes on to the same weights, to the bit: the order of the data follows from seed and epoch, and
-    the checkpoint holds the states of model, optimizer, scheduler, unfreezer and random numbers. It says nothing of the
-    number of ranks: another number goes on, to the same weights within float error.
+    An interrupted arm goes on to the same weights, to the bit: order, augmentation and the network's own draws follow
+    from seed, epoch and rank, and the checkpoint holds the rest. It says nothing of the number of ranks.
 
     Args:
         arm: What is trained.
-        training: Of this part the order and augmentation follow from seed and epoch.
+        data: The training images.
         validation: Looked at after each epoch.
         settings: The rest.
-        folder: It exists; the checkpoint is written there, atomically.
-        progress: Told of steps, transitions and epochs, also of those before an interruption.
-        ranks: Those that train together, all of them calling this; rank 0 alone writes.
+        ranks: Those that train together, all of them making and running this; rank 0 alone writes.
+        checkpoint: Of an interrupted run; it need not be there.
 
-    Returns:
-        Its epochs and transitions.
+    Attributes:
+        arm: What is trained.
+        parts: What a checkpoint has the states of.
+        records: One an epoch, in order.
+        steps: Number of optimizer steps.
+        done: Those of an interrupted process.
 
     Raises:
-        CheckpointError: The folder's checkpoint is damaged, or of another run.
+        CheckpointError: The checkpoint is damaged, or of another run.
     """
-    device = torch.device(settings.device)
-    batches = batches_of(len(training), settings.batch_size)
-    if len(batches) > 1 and len(batches[-1]) == 1:
-        batches.pop()  # a batch norm cannot train on one value a channel, which one small image may come to
-    optimizer = torch.optim.AdamW(arm.unet.get_decoder_parameters(), lr=settings.lr)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.epochs * len(batches))
-    unfreezer = ProgressiveUnfreezer(
-        arm.blocks,
-        optimizer,
-        arm.schedule,
-        [scheduler],
-        learning_rate_scale=arm.learning_rate_scale,
-        norms=arm.norms,
-        caps=[] if arm.guard is None else [arm.guard],
-    )
-    parts = {"model": arm.unet, "optimizer": optimizer, "scheduler": scheduler, "unfreezer": unfreezer}
-    records = _go_on(parts, folder / "last.pth", device) if (folder / "last.pth").exists() else []
-    for record in records:
-        progress.epoch(record)
-    module = arm.forward
-    for epoch in range(len(records), settings.epochs):
-        kept = _steps_taken(optimizer)
-        change = unfreezer.apply(epoch)
-        if isinstance(module, DistributedDataParallel):
-            # Rather than find_unused_parameters, which walks the graph at every step: what is frozen is not reduced.
-            module = rewrap_ddp(module) if change else module
-        else:
-            module = wrap(module, ranks, device)
-        number = unfreezer.history[-1].number
-        rates = {group.get(BLOCK_KEY, "head"): float(group["lr"]) for group in optimizer.param_groups}
-        before = records[-1].blocks if records else 0
-        joined = tuple(block.name for block in arm.blocks[len(arm.blocks) - number : len(arm.blocks) - before][::-1])
-        if change:
-            progress.transition(_joined(arm, epoch, joined, rates, len(change.added), kept))
-        saved_bytes = records[-1].saved_bytes if records and not change else None
-        trained = _epoch(arm, module, training, batches, epoch, saved_bytes, parts, settings, progress, ranks)
-        evaluation = evaluate(arm, validation, settings, ranks)
-        records.append(
-            EpochRecord(
-                arm=arm.name,
-                epoch=epoch,
-                blocks=number,
-                joined=joined,
-                learning_rates=rates,
-                optimizer_step=kept,
-                validation_loss=evaluation.loss,
-                validation_miou=evaluation.miou,
-                **trained,
-            )
+
+    def __init__(
+        self,
+        arm: Arm,
+        data: SegmentationData,
+        validation: SegmentationData,
+        settings: Settings,
+        ranks: Ranks = ALONE,
+        checkpoint: Path | None = None,
+    ) -> None:
+        self.arm, self._settings, self._ranks = arm, settings, ranks
+        self._data, self._validation = data, validation
+        self._device = torch.device(settings.device)
+        self._batches = shares_of(len(data), settings.batch_size, ranks)
+        self.steps = settings.epochs * -(-len(self._batches) // settings.accumulate)
+        self._optimizer = torch.optim.AdamW(arm.unet.get_decoder_parameters(), lr=settings.lr)
+        self._scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self._optimizer, self.steps)
+        self._unfreezer = ProgressiveUnfreezer(
+            arm.blocks,
+            self._optimizer,
+            arm.schedule,
+            [self._scheduler],
+            learning_rate_scale=arm.learning_rate_scale,
+            norms=arm.norms,
+            caps=[] if arm.guard is None else [arm.guard],
         )
-        held = _check(arm.guard, evaluation.loss)
-        if ranks.leads:
-            save_atomically(
-                {
-                    **{name: part.state_dict() for name, part in parts.items()},
-                    "records": [record.as_dict() for record in records],
-                    "random": _random_state(device),
-                },
-                folder / "last.pth",
+        self._scaler = settings.scaler()
+        self.parts = {
+            "unfreezer": self._unfreezer,
+            "model": arm.unet,
+            "scheduler": self._scheduler,
+            "scaler": self._scaler,
+            "optimizer": self._optimizer,
+        }
+        self.records = restore(self.parts, checkpoint) if checkpoint and checkpoint.exists() else []
+        self.done = len(self.records) * self.steps // settings.epochs
+
+    @property
+    def history(self) -> tuple[Transition, ...]:
+        """The transitions, the first state included."""
+        return tuple(self._unfreezer.history)
+
+    @property
+    def held(self) -> str:
+        """Why a guard holds further blocks back, with the figures; empty where none does."""
+        return self.arm.guard.reason if self.arm.guard else ""
+
+    def run(self, folder: Path, log: RunLog) -> None:
+        """Train.
+
+        Args:
+            folder: Where `last.pth` is written after each epoch; made where it is not there.
+            log: Told of steps, transitions and epochs, also of those before an interruption.
+        """
+        arm, records, seed = self.arm, self.records, self._settings.seed
+        if self._ranks.leads:
+            folder.mkdir(exist_ok=True)
+        for record in records:
+            log.epoch(record)
+        module = arm.forward
+        for epoch in range(len(records), self._settings.epochs):
+            draws = np.random.SeedSequence([seed, epoch, 1 + self._ranks.rank])
+            torch.manual_seed(int(draws.generate_state(1, np.uint64)[0]))
+            kept = self._head_steps()
+            change = self._unfreezer.apply(epoch)
+            module = self._ranks.wrapped(module, self._device, changed=bool(change))
+            number, before = self._unfreezer.history[-1].number, records[-1].blocks if records else 0
+            rates = {group.get(BLOCK_KEY, "head"): float(group["lr"]) for group in self._optimizer.param_groups}
+            joined = tuple(block.name for block in arm.blocks[::-1][before:number])
+            if change:
+                log.tell(_joined(arm, epoch, joined, rates, len(change.added), kept))
+            trained = self._epoch(epoch, module, records[-1].saved_bytes if records and not change else None, log)
+            self._ranks.follow(arm.unet)
+            evaluation = evaluate(arm, self._validation, self._settings, self._ranks)
+            records.append(
+                EpochRecord(
+                    arm=arm.name,
+                    epoch=epoch,
+                    blocks=number,
+                    joined=joined,
+                    learning_rates=rates,
+                    optimizer_step=kept,
+                    validation_loss=evaluation.loss,
+                    validation_miou=evaluation.miou,
+                    **trained,
+                )
             )
-        progress.epoch(records[-1])
-        for line in _lines(arm, records, held):
-            progress.transition(line)
-    return Outcome(tuple(records), tuple(unfreezer.history), arm.guard.reason if arm.guard else "")
+            before_check = self.held
+            if arm.guard is not None and not before_check:
+                arm.guard.step(evaluation.loss)
+            held = "" if before_check else self.held
+            if self._ranks.leads:
+                states = {name: part.state_dict() for name, part in self.parts.items()}
+                save_atomically({**states, "records": [each.model_dump() for each in records]}, folder / "last.pth")
+            log.epoch(records[-1])
+            for line in _lines(arm, records, held):
+                log.tell(line)
 
+    def _epoch(self, epoch: int, module: Any, saved_bytes: int | None, log: RunLog) -> dict[str, Any]:
+        """Train an epoch; what its record tells of it. Without `saved_bytes` the first batch counts them."""
+        settings, device, accumulate = self._settings, self._device, self._settings.accumulate
+        self.arm.unet.train()
+        begin, losses = time.perf_counter(), []
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        view = self._data.epoch(epoch_generator(settings.seed, epoch), jitter=0.2)
+        for place, (images, masks) in enumerate(loaded(view, self._batches, settings)):
+            # The batches of a step; an epoch ends with one, so that no transition falls between them.
+            window = self._batches[place // accumulate * accumulate :][:accumulate]
+            last = place % accumulate == len(window) - 1
+            counting: Any = saved_for_backward(self.arm.unet) if saved_bytes is None else nullcontext([])
+            with nullcontext() if last or self._ranks.world == 1 else module.no_sync():
+                with counting as saved:
+                    with settings.autocast():
+                        logits, targets = module(images)
+                    loss = self.arm.loss(logits, targets, masks)
+                if saved_bytes is None:
+                    saved_bytes = sum(storage.nbytes() for storage in saved)
+                    saved.clear()
+                self._scaler.scale(loss * (len(images) / sum(map(len, window)))).backward()
+            losses.append(loss.detach())
+            if last:
+                self._step()
+                log.step()
+        sizes = torch.tensor([float(len(batch)) for batch in self._batches], dtype=torch.float64)
+        own = torch.stack(losses).cpu().double() * sizes  # the one wait for the device
+        total, images_seen = self._ranks.summed(torch.stack([own.sum(), sizes.sum()])).tolist()
+        return {
+            "train_loss": total / images_seen,
+            "seconds": time.perf_counter() - begin,
+            "saved_bytes": saved_bytes,
+            "peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        }
 
-def _epoch(
-    arm: Arm,
-    module: Any,
-    training: SegmentationData,
-    batches: list[range],
-    epoch: int,
-    saved_bytes: int | None,
-    parts: dict[str, Any],
-    settings: Settings,
-    progress: Progress,
-    ranks: Ranks,
-) -> dict[str, Any]:
-    """Train an epoch; the fields of its record that tell of it. Without `saved_bytes` the first step counts them."""
-    device, optimizer, scheduler = torch.device(settings.device), parts["optimizer"], parts["scheduler"]
-    arm.unet.train()
-    begin, losses = time.perf_counter(), []
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    view = training.epoch(epoch_generator(settings.seed, epoch), jitter=0.2)
-    for images, masks, share in loaded(view, batches, ranks, device):
-        if saved_bytes is None:
-            with saved_for_backward(arm.unet) as saved:
-                loss = arm.loss(*joint_forward(module, images, masks, share))
-            saved_bytes = saved.total
-        else:
-            loss = arm.loss(*joint_forward(module, images, masks, share))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        scheduler.step()
-        losses.append(loss.detach())
-        progress.step()
-    train_loss = float(torch.stack(losses).mean())  # the one wait for the device
-    return {
-        "train_loss": train_loss,
-        "seconds": time.perf_counter() - begin,
-        "saved_bytes": saved_bytes,
-        "peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
-    }
+    def _step(self) -> None:
+        if self._settings.gradient_clip is not None:
+            self._scaler.unscale_(self._optimizer)
+            torch.nn.utils.clip_grad_norm_(self.arm.unet.parameters(), self._settings.gradient_clip)
+        scale = self._scaler.get_scale()
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        self._optimizer.zero_grad()
+        if self._scaler.get_scale() >= scale:  # else gradients had overflowed, and no step was taken
+            self._scheduler.step()
 
-
-def _check(guard: OverfitGuard | None, loss: float) -> str:
-    """Why the guard holds further blocks back from this check on; empty where it does not, or did before."""
-    if guard is None or guard.reason:
-        return ""
-    guard.step(loss)
-    return guard.reason
-
-
-def _go_on(parts: dict[str, Any], path: Path, device: torch.device) -> list[EpochRecord]:
-    """Bring a new arm to where a checkpoint left it, and return the records of the epochs before."""
-    saved = read_checkpoint(path)
-    if not isinstance(saved, dict) or set(saved) != {*parts, "records", "random"}:
-        raise CheckpointError(
-            f"{path}: must be a checkpoint of this command, got another file; remove it to begin anew"
-        )
-    try:
-        records = records_of(saved["records"])
-        for kind in _random_state(device):
-            torch.Generator(kind).set_state(saved["random"][kind])
-        restore(parts, saved)
-    except Exception as error:  # a state that does not fit makes torch raise nearly anything
-        text = " ".join(str(error).split())[:400] or type(error).__name__
-        raise CheckpointError(
-            f"{path}: must be a checkpoint of this run, got one that does not fit ({text}); resume with its own folder"
-        ) from error
-    torch.set_rng_state(saved["random"]["cpu"])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(saved["random"]["cuda"], device)
-    return records
-
-
-def _random_state(device: torch.device) -> dict[str, Tensor]:
-    """States of the generators that stochastic depth draws from, as tensors."""
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return states
-
-
-def _steps_taken(optimizer: torch.optim.Optimizer) -> int:
-    """The head's step count as AdamW keeps it: a re-created optimizer would begin at 0 again."""
-    state = optimizer.state.get(optimizer.param_groups[0]["params"][0], {})
-    return int(state.get("step", 0))
+    def _head_steps(self) -> int:
+        """The head's step count as AdamW keeps it: a re-created optimizer would begin at 0 again."""
+        state = self._optimizer.state.get(self._optimizer.param_groups[0]["params"][0], {})
+        return int(state.get("step", 0))
 
 
 def _joined(arm: Arm, epoch: int, joined: tuple[str, ...], rates: dict[str, float], tensors: int, kept: int) -> str:

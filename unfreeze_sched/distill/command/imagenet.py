@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
 from importlib import import_module
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
 
-from unfreeze_sched.distill.checkpoints import CheckpointError, refuse_misfits
+from unfreeze_sched.distill.checkpoints import refuse_misfits
 from unfreeze_sched.distill.command.data import IMAGENET_MEAN, IMAGENET_STD
+from unfreeze_sched.distill.wrapper import load_student_weights
 
 Normalisation = tuple[tuple[float, float, float], tuple[float, float, float]]
 
@@ -26,18 +26,6 @@ _PACKAGES = {
 # The weights were trained by TensorFlow's EfficientNet, whose batch norms have this epsilon.
 _TRAINED_EPS = 1e-3
 
-_OUTSIDE = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
-# timm numbers the norms of a block from 1 in order of use, and names the convolutions of the two kinds differently.
-_EXPANDING = {
-    "_expand_conv": "conv_pw",
-    "_bn0": "bn1",
-    "_depthwise_conv": "conv_dw",
-    "_bn1": "bn2",
-    "_project_conv": "conv_pwl",
-    "_bn2": "bn3",
-}
-_SEPARABLE = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
-
 
 def has_imagenet_package(encoder_name: str) -> bool:
     """Whether this encoder's ImageNet weights are installed as a package.
@@ -50,44 +38,28 @@ def has_imagenet_package(encoder_name: str) -> bool:
     return bool(package) and find_spec(package) is not None
 
 
+def load_first_weights(encoder: nn.Module, encoder_name: str, weights: str) -> None:
+    """Load what `--student-weights` asks for: a package's weights, or else smp's own download, none, or a file's."""
+    if weights == "imagenet" and has_imagenet_package(encoder_name):
+        load_imagenet_weights(encoder, encoder_name)
+    else:
+        load_student_weights(encoder, encoder_name, None if weights == "none" else weights)
+
+
 def load_imagenet_weights(encoder: nn.Module, encoder_name: str) -> None:
-    """Load ImageNet weights into an smp encoder.
+    """Load an installed package's ImageNet weights into an smp encoder, `timm-tf_efficientnet_lite0` or `...lite2`.
 
     In evaluation mode a `tu-` encoder then computes exactly what timm's model computes. A `timm-` encoder does so up to
     its padding: its strided convolutions pad both sides alike, TensorFlow's pad one pixel more on the right, so for
     images of 32k pixels, all that a Unet takes, its deepest features are those of the image moved by 31 pixels; for
     32k + 1 pixels both agree. In training mode its batch norms add smp's epsilon of 1e-5 to the batch's variance, not
     the 1e-3 that the weights were trained with.
-
-    Args:
-        encoder: `smp.encoders.get_encoder(encoder_name, weights=None)`, or a Unet's `encoder`.
-        encoder_name: `timm-tf_efficientnet_lite0`, `timm-tf_efficientnet_lite2`, or the same with `tu-`.
-
-    Raises:
-        ValueError: No package is known for `encoder_name`.
-        ModuleNotFoundError: Its package is missing.
-        CheckpointError: `encoder` is another one; it is then unchanged.
-
-    Example:
-        >>> from segmentation_models_pytorch.encoders import get_encoder
-        >>> encoder = get_encoder("tu-tf_efficientnet_lite0", weights=None)
-        >>> load_imagenet_weights(encoder, "tu-tf_efficientnet_lite0")
     """
     encoder.load_state_dict(imagenet_state(encoder, encoder_name))
 
 
 def imagenet_state(model: nn.Module, encoder_name: str) -> dict[str, Tensor]:
-    """The package's weights under the model's names: a state dict that fits `model`.
-
-    Args:
-        model: An smp encoder, or timm's classifier `timm.create_model("tf_efficientnet_lite0")`.
-        encoder_name: As in `load_imagenet_weights`; timm's own name will do.
-
-    Returns:
-        A state dict. The layers after the last block, classifier included, are in it where the model has them.
-
-    Raises:
-        ValueError, ModuleNotFoundError, CheckpointError: As `load_imagenet_weights`.
+    """The package's weights under the names of an smp encoder, or of timm's classifier.
 
     Example:
         >>> from timm import create_model
@@ -98,15 +70,9 @@ def imagenet_state(model: nn.Module, encoder_name: str) -> dict[str, Tensor]:
     path = _package_file(encoder_name)
     original: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
     expected = model.state_dict()
-    prefix = "model." if "model.conv_stem.weight" in expected else ""  # a `tu-` encoder holds timm's model
-    names = timm_names(original, {name.removeprefix(prefix) for name in expected})
-    modules = {name.rpartition(".")[0] for name in expected}
-    state = {}
-    for name, value in original.items():
-        module, _, tensor = f"{prefix}{names[name]}".rpartition(".")
-        # Feature extractors end at the last block; where one of these layers is there at all, it has to fit.
-        if module in modules or module.removeprefix(prefix) not in ("conv_head", "bn2", "classifier"):
-            state[f"{module}.{tensor}"] = value
+    # The original's names are others, and its order is timm's: that of use. Feature extractors end at the last block.
+    pairs = zip(expected, original.items(), strict=False)
+    state = {name: value for name, (theirs, value) in pairs if name.split(".")[-1] == theirs.split(".")[-1]}
     refuse_misfits(state, expected, source=path, what="encoder")
     # A `timm-` encoder's batch norms have an epsilon of 1e-5. The difference goes into the variance, which for
     # evaluation is the same; setting `eps` would be lost when the state dict is loaded into a new smp model.
@@ -114,53 +80,6 @@ def imagenet_state(model: nn.Module, encoder_name: str) -> dict[str, Tensor]:
         if isinstance(layer, nn.BatchNorm2d):
             state[f"{name}.running_var"] = state[f"{name}.running_var"] + (_TRAINED_EPS - layer.eps)
     return state
-
-
-def timm_names(original: Iterable[str], timm: Collection[str]) -> dict[str, str]:
-    """Names of the original EfficientNet-Lite (`_blocks.4._bn1.weight`) to timm's (`blocks.2.1.bn2.weight`).
-
-    The original numbers blocks through, timm within stages; which block is which, and of which kind, is read off
-    timm's own names.
-
-    Args:
-        original: Names of the original's state dict.
-        timm: Names of the state dict to fill.
-
-    Returns:
-        One new name for each original one.
-
-    Raises:
-        CheckpointError: Names that are not understood, or more blocks than there are.
-
-    Example:
-        >>> timm = ["blocks.0.0.conv_pw.weight", "blocks.1.0.conv_pwl.weight"]
-        >>> timm_names(["_bn0.bias", "_blocks.1._bn1.bias"], timm)
-        {'_bn0.bias': 'bn1.bias', '_blocks.1._bn1.bias': 'blocks.1.0.bn2.bias'}
-    """
-    places = {match[0]: (int(match[1]), int(match[2])) for name in timm if (match := _TIMM_BLOCK.match(name))}
-    blocks = sorted(places, key=places.__getitem__)
-    names = {}
-    unknown = []
-    for name in original:
-        match = _ORIGINAL.fullmatch(name)
-        index = int(match[1]) if match and match[1] else None
-        if match is None or (index is not None and index >= len(blocks)):
-            unknown.append(name)
-            continue
-        block = "" if index is None else blocks[index]
-        inside = _EXPANDING if f"{block}conv_pwl.weight" in timm else _SEPARABLE
-        module = (inside if block else _OUTSIDE).get(match[2])
-        if module is None:
-            unknown.append(name)
-        else:
-            names[name] = f"{block}{module}.{match[3]}"
-    if unknown:
-        raise CheckpointError(
-            f"original names must have a place among the model's {len(blocks)} blocks, got {', '.join(unknown[:5])}"
-            f"{', ...' if len(unknown) > 5 else ''} ({len(unknown)} in all); "  # noqa: PLR2004  # a few show the kind
-            "build the encoder that the weights were made for"
-        )
-    return names
 
 
 def normalisation(encoder_name: str) -> Normalisation:
@@ -173,10 +92,6 @@ def normalisation(encoder_name: str) -> Normalisation:
 
     Returns:
         Two triples: mean and standard deviation.
-
-    Raises:
-        ValueError: timm has no weights under that name.
-        ModuleNotFoundError: timm is missing.
 
     Example:
         >>> normalisation("timm-tf_efficientnet_lite0")
@@ -196,10 +111,6 @@ def normalisation(encoder_name: str) -> Normalisation:
             "use IMAGENET_NORMALISATION if its weights were trained with it"
         )
     return tuple(record.mean), tuple(record.std)
-
-
-_TIMM_BLOCK = re.compile(r"blocks\.(\d+)\.(\d+)\.")
-_ORIGINAL = re.compile(r"(?:_blocks\.(\d+)\.)?(_\w+)\.(\w+)")
 
 
 def _timm(encoder_name: str) -> str:
