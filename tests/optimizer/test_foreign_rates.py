@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from bits import differences
 from oracle import Net
 from torch import nn
 from torch.optim import lr_scheduler
@@ -126,3 +128,19 @@ def test_a_resume_in_the_wrong_order_is_named() -> None:
     with pytest.raises(ValueError, match="before the unfreezer; load unfreezer, scheduler, optimizer in this order"):
         again.load_state_dict(saved[0])
     assert len(again.history) == 0
+
+
+@pytest.mark.parametrize("composite", [False, True])
+def test_a_state_in_memory_stays_what_it_was(composite: bool) -> None:
+    """A scheduler's `state_dict` holds its lists themselves, so a join gives it new ones."""
+    net = Net(3)
+    optimizer = torch.optim.SGD(net.head.parameters(), lr=0.1)
+    scheduler: Any = lr_scheduler.StepLR(optimizer, 2)
+    if composite:
+        scheduler = lr_scheduler.SequentialLR(optimizer, [lr_scheduler.LinearLR(optimizer), scheduler], [2])
+    unfreezer = ProgressiveUnfreezer(net.make_blocks(), optimizer, SCHEDULE, [scheduler])
+    saved = scheduler.state_dict()
+    before = copy.deepcopy(saved)
+    unfreezer.apply(9)
+    assert len(optimizer.param_groups) == 4
+    assert differences(saved, before) == []

@@ -392,10 +392,10 @@ def join(scheduler: Any, groups: Sequence[Mapping[str, Any]], index: int, ratio:
         }
         for name, change in changes.items():
             values = getattr(part, name, None)
-            # The length tells a list that was extended already: a composite's `_last_lr` may be its child's.
             if values is not None and len(values) < len(groups):
-                values += [entry_of_own(part, name, group) for group in groups[len(values) : -1]]
-                values.append(change(values[index]))
+                values = [*values, *(entry_of_own(part, name, group) for group in groups[len(values) : -1])]
+                # A new list, since a state that was saved in memory holds the old one.
+                setattr(part, name, [*values, change(values[index])])
         if row is _TIMM and part.warmup_t and ratio != 1:
             part.warmup_steps[-1] = _warmup_step(part)
 
@@ -407,10 +407,9 @@ def leave(scheduler: Any, groups: int) -> None:
 
 
 def reorder(scheduler: Any, order: Sequence[int]) -> None:
-    """Bring the rows into another order, in place, given the 0-based places that they have now."""
-    shared = {id(values): values for _, _, values in rows(scheduler)}  # once, where two schedulers hold one list
-    for values in shared.values():
-        values[:] = [values[place] for place in order]
+    """Bring the rows into another order, given the 0-based places that they have now."""
+    for part, name, values in rows(scheduler):
+        setattr(part, name, [values[place] for place in order])
 
 
 def rows(scheduler: Any) -> list[tuple[Any, str, list[Any]]]:
