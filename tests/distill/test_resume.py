@@ -87,7 +87,7 @@ def kill_at_random(data: Path, output: Path, takes: float, kills: int, seed: int
         write = kill % 3 == 0
         moment = time.monotonic() + (5 * takes if write else random.uniform(0.2, 1.0) * takes)
         while process.poll() is None and time.monotonic() < moment:
-            if write and any(output.rglob(".*.tmp")):
+            if write and any(output.rglob(".*.pth.*.tmp")):
                 inside += 1
                 break
             time.sleep(0.0005 if write else 0.01)
@@ -102,6 +102,7 @@ def kill_at_random(data: Path, output: Path, takes: float, kills: int, seed: int
 
 def resumed_after(data: Path, output: Path, whole: tuple[Path, float], kills: int) -> int:
     inside = kill_at_random(data, output, whole[1], kills, seed=kills)
+    assert (output / "arguments.json").exists()  # the first kill waited for a checkpoint
     last = subprocess.run(command("--resume", str(output)), check=False, capture_output=True, text=True)
     assert last.returncode == 0, last.stderr
     assert_same_run(output, whole[0])

@@ -1103,3 +1103,15 @@ def test_the_guide_from_backbone_finetuning(guide_names: dict[str, Any], which: 
     names = guide_names | {"BackboneFinetuning": L.callbacks.BackboneFinetuning, "module": Module()}
     run_guide(side(diff, which), names)
     assert names["module"].sizes == [1, 1, 2, 2, 2]
+
+
+def test_a_member_that_is_replaced_in_mid_run(tmp_path: Path) -> None:
+    """Blocks made by hand are looked for in the module, so that a new layer in one's place is named."""
+
+    class Replaces(Automatic):
+        def on_train_epoch_end(self) -> None:
+            if self.current_epoch == 0:
+                self.net.blocks[0] = copy.deepcopy(self.net.blocks[0])
+
+    with pytest.raises(RuntimeError, match=r"`blocks` must .*blocks\.0"):
+        fit(tmp_path, Replaces(Net()))

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from unfreeze_sched._checks import one_of
 from unfreeze_sched.model import Block, encoder_blocks
 from unfreeze_sched.model.block import validate_blocks
+from unfreeze_sched.model.tracing import unwrap
 from unfreeze_sched.schedule import Preset, UnfreezeSchedule
 from unfreeze_sched.unfreezer import ProgressiveUnfreezer
 
@@ -117,7 +118,8 @@ class Arguments:
 
     def _blocks_of(self, model: nn.Module, network: str) -> Sequence[Block]:
         if self.blocks is not None:
-            return validate_blocks(self.blocks(model)) if callable(self.blocks) else self.blocks
+            blocks = validate_blocks(self.blocks(model)) if callable(self.blocks) else self.blocks
+            return [block.within(unwrap(model)) for block in blocks]  # which tells where a member is replaced
         head = self.head(model) if callable(self.head) else self.head
         try:
             return encoder_blocks(model, head=head)

@@ -96,7 +96,7 @@ def _misfits(where: str, saved: Any, own: Any) -> Iterator[str]:
 def _fixed(where: str, value: Any) -> Any:
     """What of a value every state of a run has in common: names, places of parameters, shapes."""
     if isinstance(value, Tensor):
-        return tuple(value.shape), value.dtype, value.layout, value.is_meta
+        return tuple(value.shape), value.stride(), value.dtype, value.layout, value.is_meta
     if where.endswith("['T_max']"):
         return "above 0" if value > 0 else value  # other ranks may share an epoch into other steps
     return value if isinstance(value, str) or "['params']" in where else None

@@ -152,8 +152,9 @@ def saved_run(output: Path) -> tuple[argparse.Namespace, Inputs]:
     """The arguments that the run in a folder was begun with, and what it read."""
     path = output / _FILE
     try:
-        # A pipe of that name would be waited for.
-        begun = _Begun.model_validate_json(path.read_bytes() if path.is_file() else b"")
+        if not path.is_file():  # a pipe of that name would be waited for
+            raise ValueError("no such file")
+        begun = _Begun.model_validate_json(path.read_bytes())
         args = parsed(begun.words)
     except (OSError, ValueError) as error:
         reason = str(error) if type(error) is ValueError else type(error).__name__
