@@ -16,7 +16,7 @@ from unfreeze_sched._checks import as_count, as_state, differences, listed, one_
 from unfreeze_sched.guards import Cap, checked_caps
 from unfreeze_sched.history import History, Transition
 from unfreeze_sched.model import Block
-from unfreeze_sched.model.block import gone, validate_blocks
+from unfreeze_sched.model.admission import parts_of, validate_blocks
 from unfreeze_sched.model.freezing import (
     Norms,
     drop_gradients,
@@ -231,7 +231,7 @@ class ProgressiveUnfreezer:
         )
         if blocks is not None and head is not None:
             raise ValueError("`head` must be left out where blocks are given, got both; what is in no block is head")
-        blocks = encoder_blocks(model, head=head) if blocks is None else _parts_of(unwrap(model), blocks)
+        blocks = encoder_blocks(model, head=head) if blocks is None else parts_of(unwrap(model), blocks)
         unfreezer = cls.taking_out(
             blocks,
             optimizer,
@@ -481,16 +481,6 @@ class ProgressiveUnfreezer:
             block.name: {name: list(parameter.shape) for subset in subsets for name, parameter in subset.named}
             for block, subsets in zip(self.blocks, self.rebuilder.subsets, strict=True)
         }
-
-
-def _parts_of(model: nn.Module, blocks: Iterable[Block]) -> tuple[Block, ...]:
-    """Blocks that know the model."""
-    blocks = tuple(block.within(model) for block in validate_blocks(blocks))
-    if names := gone(blocks):
-        raise ValueError(
-            f"`blocks` must be parts of the model, got {listed(names)}, which is not in it; make them from this model"
-        )
-    return blocks
 
 
 _Number = Annotated[int, Field(strict=True, ge=0)]

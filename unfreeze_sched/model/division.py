@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from unfreeze_sched.model.block import Block, is_peft
+from unfreeze_sched.model.admission import is_peft
+from unfreeze_sched.model.block import Block
 from unfreeze_sched.model.head import Encoder, known_encoder, layers, refuse_inner_head
 from unfreeze_sched.model.tracing import Trace, TraceError, children, join, trace
 

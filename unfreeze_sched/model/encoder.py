@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 
-from unfreeze_sched.model.block import ADAPTERS, Block, is_peft, validate_blocks
+from unfreeze_sched.model.admission import ADAPTERS, is_peft, validate_blocks
+from unfreeze_sched.model.block import Block
 from unfreeze_sched.model.division import Members, divided, without_fixed
 from unfreeze_sched.model.head import stated_head
 from unfreeze_sched.model.tracing import join, unwrap, walk

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cache
+from itertools import chain
 from typing import Any
 
 import torch
@@ -185,15 +186,25 @@ def tag(group: Mapping[str, Any]) -> Tag:
     return (group[BLOCK_KEY], group.get(SUBSET_KEY, 0)) if BLOCK_KEY in group else None
 
 
-def reorder(optimizer: Any, order: Sequence[int]) -> None:
-    """Bring the groups, and what lists keep for them, into another order, in place.
+def reorder(optimizer: Any, saved: Iterable[Tag]) -> list[int]:
+    """Bring the groups, and what lists keep for them, into a saved run's order, in place.
 
     Args:
         optimizer: The live optimizer.
-        order: The 0-based places that the groups have now, each once.
+        saved: The tags of its groups then. Groups that they do not know go last, and those that are not here yet, as
+            another unfreezer's, come to their places when that is loaded.
+
+    Returns:
+        The 0-based places that the groups had before, in their new order.
     """
+    places: dict[Tag, list[int]] = {}
+    for place, group in enumerate(optimizer.param_groups):
+        places.setdefault(tag(group), []).append(place)
+    order = [places[known].pop(0) for known in saved if places.get(known)]
+    order += sorted(chain.from_iterable(places.values()))
     for values in (optimizer.param_groups, *_rate_lists(optimizer)):
         values[:] = [values[place] for place in order]
+    return order
 
 
 def take_back(optimizer: Any, size: int, filled: Iterable[dict[str, Any]] = ()) -> None:

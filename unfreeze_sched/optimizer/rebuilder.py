@@ -28,7 +28,8 @@ from typing import Any, Literal, NamedTuple, get_args
 from torch.optim import Optimizer
 
 from unfreeze_sched._checks import as_count, as_ratio, listed, one_of, warn
-from unfreeze_sched.model.block import Block, validate_blocks
+from unfreeze_sched.model.admission import validate_blocks
+from unfreeze_sched.model.block import Block
 from unfreeze_sched.optimizer import admission, groups, rates
 from unfreeze_sched.optimizer.groups import BLOCK_KEY, SUBSET_KEY
 from unfreeze_sched.optimizer.subsets import Overrides, Subset, subsets_of
@@ -277,21 +278,10 @@ class OptimizerRebuilder:
         return [groups.tag(group) for group in self.optimizer.param_groups]
 
     def restore_order(self, saved: Sequence[groups.Tag]) -> None:
-        """Bring groups and rows into a saved run's order, since an optimizer's state is loaded by place.
-
-        Args:
-            saved: What `order` gave then. Groups that it does not know go last, and those that are not here yet, as
-                another unfreezer's, come to their places when that is loaded.
-        """
-        places: dict[groups.Tag, list[int]] = {}
-        for place, known in enumerate(self.order()):
-            places.setdefault(known, []).append(place)
-        order = [places[known].pop(0) for known in saved if places.get(known)]
-        order += sorted(chain.from_iterable(places.values()))
-        if order != sorted(order):
-            groups.reorder(self.optimizer, order)
-            for scheduler in self.lr_schedulers or ():
-                rates.reorder(scheduler, order)
+        """Bring groups and rows into a saved run's order, of which `order` told; an optimizer's state goes by place."""
+        order = groups.reorder(self.optimizer, saved)
+        for scheduler in self.lr_schedulers or ():
+            rates.reorder(scheduler, order)
 
     def _all(self) -> range:
         return range(len(self.blocks) - 1, -1, -1)

@@ -18,7 +18,8 @@ from torch.utils.weak import TensorWeakRef
 
 from unfreeze_sched import parallel
 from unfreeze_sched._checks import listed, warn
-from unfreeze_sched.model.block import Block, Named, gone
+from unfreeze_sched.model.admission import gone
+from unfreeze_sched.model.block import Block, Named
 from unfreeze_sched.optimizer.admission import refuse_differing, refuse_order
 from unfreeze_sched.optimizer.groups import tag
 

@@ -152,12 +152,12 @@ def saved_run(output: Path) -> tuple[argparse.Namespace, Inputs]:
     """The arguments that the run in a folder was begun with, and what it read."""
     path = output / _FILE
     try:
-        if not path.is_file():  # a pipe of that name would be waited for
-            raise ValueError("no such file")
-        begun = _Begun.model_validate_json(path.read_bytes())
+        # A pipe of that name would be waited for.
+        begun = _Begun.model_validate_json(path.read_bytes() if path.is_file() else b"")
         args = parsed(begun.words)
     except (OSError, ValueError) as error:
         reason = str(error) if type(error) is ValueError else type(error).__name__
+        reason = reason if path.is_file() else "no such file"
         raise ValueError(
             f"`--resume` must be the folder of a run of this command, got {output}, whose {_FILE} cannot be read "
             f"({reason}); give the folder that the run named at its start"
