@@ -7,9 +7,10 @@ from statistics import mean
 from typing import Any
 
 import matplotlib as mpl
+from pairing import Table, against, interval
 from unfreezing_arms import ARMS
 from unfreezing_report import titled
-from unfreezing_statistics import Table, against, final, interval, shifted
+from unfreezing_statistics import final, shifted
 
 SHOWN = ("frozen", "full", "full_low", "guide", "kept", "cleared", "norms_frozen", "kept_b99", "recreated_b99")
 
