@@ -98,3 +98,19 @@ def shown(column: Mapping[str, tuple[Interval, float]], arm: str) -> tuple[str, 
     one, p = column[arm]
     mark = "**" if p < LEVEL else ""
     return f"{mark}{one.signed}{mark}", "-" if math.isnan(p) else f"{p:.3f}"
+
+
+def forest(axis: Any, table: Table, measures: Mapping[str, Measure], texts: Mapping[str, str]) -> None:
+    """Draw paired differences to the frozen arm, one line an arm."""
+    arms = [arm for arm in table if arm != "frozen"]
+    for offset, (name, measure) in enumerate(measures.items()):
+        column = against(table, "frozen", measure)
+        places = [place + 0.25 * offset for place in range(len(arms))]
+        values = [column[arm][0] for arm in arms]
+        half = [one.half if len(table[arms[0]]) > 1 else 0.0 for one in values]
+        label = f"{name} (frozen {interval(of(table, 'frozen', measure)).mean:.1f} %)"
+        axis.errorbar([one.mean for one in values], places, xerr=half, fmt="o", capsize=3, label=label)
+    axis.set_yticks(range(len(arms)), [texts[arm].removeprefix("... ") for arm in arms], fontsize=7)
+    axis.invert_yaxis()
+    axis.axvline(0, color="grey", linewidth=0.8)
+    axis.legend(fontsize=7)
