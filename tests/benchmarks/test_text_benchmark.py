@@ -7,10 +7,13 @@ import math
 import random
 import tarfile
 import zipfile
+from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import studying
 import text
 import text_arms
 import text_report
@@ -22,6 +25,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel
 
 SMALL = Setting(batch=4, chunk=8, length=16, validation=8, test=8, shifted=8)
+BY_LENGTH = replace(SMALL, chunk=40)
 WORDS = [f"word{number}" for number in range(40)]
 
 
@@ -97,9 +101,8 @@ def test_batches_are_whole_and_of_like_lengths(folder: Path) -> None:
     assert [len(batch) for batch in found] == [4] * 10
     assert len(words([row for batch in found for row in batch])) == 40
     assert words(found[0]) != words(text_arms.batches(training, SMALL, 0, 1)[0])
-    spread = sum(max(map(len, ids)) - min(map(len, ids)) for ids in ([row[0] for row in batch] for batch in found))
-    plain = [training[begin : begin + 4] for begin in range(0, 40, 4)]
-    assert spread < sum(max(map(len, ids)) - min(map(len, ids)) for ids in ([row[0] for row in some] for some in plain))
+    lengths = sorted([len(ids) for ids, _ in batch] for batch in text_arms.batches(training, BY_LENGTH, 0, 0))
+    assert all(max(shorter) <= min(longer) for shorter, longer in pairwise(lengths))
 
 
 def test_blocks_are_layers_and_hold_the_whole_encoder(folder: Path) -> None:
@@ -134,7 +137,7 @@ def test_weights_move_where_blocks_joined(folder: Path) -> None:
 def test_reaching_and_rising_by_hand() -> None:
     """The first mark at the target; the loss after a transition over that before, less the other arm's."""
     cell = {"validation": {"6": [0.6, 2.0], "12": [0.8, 5.0]}, "losses": [1.0] * 5 + [0.5] * 5, "transitions": [0, 5]}
-    assert text_report.reach(cell, 70.0) == (12, 5.0)
+    assert text_report.reach(cell, 80.0) == (12, 5.0)
     assert text_report.reach(cell, 81.0) == (math.inf, math.inf)
     assert text_report.rises(cell, cell | {"losses": [1.0] * 10}) == [-50.0]
 
@@ -192,6 +195,40 @@ def test_a_cut_off_table_is_balanced() -> None:
         (size, seed) for size, seed in [(320, 0), (320, 1), (320, 2), (320, 3), (1280, 0)] for _ in range(arms)
     ]
     assert {run.seed for run in runs if run.size == 5000} == {0, 1, 2, 3}
+
+
+def test_rates_are_chosen_on_the_validation_part_of_their_own_seeds(tmp_path: Path) -> None:
+    """The head's by the frozen arm, then the encoder's by each arm that has one; the test sets are not looked at."""
+    seen: list[Run] = []
+
+    def fake(run: Run, setting: Setting) -> tuple[dict, None]:
+        seen.append(run)
+        miss = abs(math.log(run.lr / (1.5e-4 if run.arm == "full" else 0.01)))
+        rates = {"frozen": run.scale * run.lr, "full": run.lr, "late": 5e-4}
+        miss += abs(math.log(run.scale * run.lr / rates.get(run.arm, 5e-5)))
+        return {"validation": {"9": [1 - miss / 10, 1.0]}}, None
+
+    choices = text.tuning(studying.Cells(fake, SMALL, tmp_path, tmp_path / "none", math.inf, 0))
+    wanted = {
+        "head": 0.01,
+        "full": 1.5e-4,
+        "full_low": 5e-5,
+        "full_decay": 5e-5,
+        "early": 5e-5,
+        "late": 5e-4,
+        "guide": 5e-5,
+    }
+    assert {name: value for name, value in choices.items() if name != "tables"} == wanted
+    assert {(run.tests, run.size) for run in seen} == {(False, text.TUNING[0])}
+    assert {run.seed for run in seen} == set(text.TUNING_SEEDS)
+    assert len(set(seen)) == len(seen) == 2 * (3 + 6 * 3)
+    found = text.of_arm("early_warmup", 320, 6, 0, choices)
+    assert (found.lr, found.lr * found.scale, found.tests) == (0.01, pytest.approx(5e-5), True)
+
+
+def test_a_run_for_a_choice_looks_at_no_test_set(folder: Path) -> None:
+    """Its cell has none."""
+    assert train(Run("frozen", 8, 1, 1e-2, 1.0, 0, tests=False), SMALL, folder)[0]["test"] == {}
 
 
 def test_an_archive_with_other_content_is_refused(folder: Path) -> None:
