@@ -9,24 +9,22 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, NamedTuple
 
 import torch
+from studying import Way, driver_of
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  # torch's own habit
 from torch.utils.data import DataLoader, Subset
 
-from unfreeze_sched import Block, MilestonePreset, ProgressiveUnfreezer, RatePreset, UnfreezeSchedule, encoder_blocks
+from unfreeze_sched import Block, MilestonePreset, RatePreset, UnfreezeSchedule, encoder_blocks
 from unfreeze_sched.distill.command.data import SegmentationData, epoch_generator, load_sample
 from unfreeze_sched.distill.command.evaluation import mean_iou, pixel_counts
 from unfreeze_sched.distill.command.imagenet import load_first_weights, normalisation
 from unfreeze_sched.distill.loss import DistillationLoss
 from unfreeze_sched.distill.wrapper import StudentUnet
-from unfreeze_sched.model.freezing import Norms, freeze, unfreeze
 
 ENCODER = "tu-tf_efficientnet_lite0"
 # Narrower than smp's own, which are half of a step's cost and no part of the question. Narrower still, (64, 48, 32, 16,
@@ -39,29 +37,16 @@ EVALUATION_BATCH = 40
 
 
 @dataclass(frozen=True)
-class Arm:
+class Arm(Way):
     """How the encoder is trained.
 
     Attributes:
-        text: For the table.
         trains: Which blocks, when.
         one_rate: Whether encoder and decoder share one learning rate, chosen for that; else the encoder's is lower.
-        moments: What becomes of AdamW's state at a transition; "recreated" makes a new AdamW and carries the LR
-            schedule over, "printed" is the guide's loop, whose LR scheduler stays with the first optimizer.
-        norms: As for `ProgressiveUnfreezer`.
-        warmup: Steps.
-        layer_decay: As for `ProgressiveUnfreezer`.
-        beta2: AdamW's.
     """
 
-    text: str
     trains: Literal["nothing", "all", "schedule"] = "schedule"
     one_rate: bool = False
-    moments: Literal["kept", "cleared", "recreated", "printed"] = "kept"
-    norms: Norms = "eval"
-    warmup: int = 0
-    layer_decay: float = 1.0
-    beta2: float = 0.999
 
 
 ARMS = {
@@ -177,75 +162,6 @@ def _blurred(images: Tensor) -> Tensor:
     return F.conv2d(padded, kernel.expand(3, 1, 7, 7), groups=3)
 
 
-class _InPlace:
-    """This library: groups join the live optimizer."""
-
-    def __init__(self, unet: StudentUnet, blocks: tuple[Block, ...], run: Run, factor: Callable[[int], float]) -> None:
-        arm = ARMS[run.arm]
-        self.optimizer = _adamw([{"params": unet.get_decoder_parameters(), "lr": run.lr}], arm)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
-        self._clears = arm.moments == "cleared"
-        with warnings.catch_warnings():
-            # One learning rate is what some arms are about.
-            warnings.filterwarnings("ignore", "`learning_rate_scale` should be below 1")
-            self._unfreezer = ProgressiveUnfreezer(
-                blocks,
-                self.optimizer,
-                schedule_of(run, len(blocks)),
-                [self.scheduler],
-                learning_rate_scale=run.scale,
-                layer_decay=arm.layer_decay,
-                warmup_steps=arm.warmup,
-                norms=arm.norms,
-            )
-
-    def begin(self, epoch: int) -> None:
-        if self._unfreezer.apply(epoch) and self._clears:
-            self.optimizer.state.clear()
-
-
-class _Recreated:
-    """A new AdamW at each transition, as in the guide's loop."""
-
-    def __init__(self, unet: StudentUnet, blocks: tuple[Block, ...], run: Run, factor: Callable[[int], float]) -> None:
-        self._arm, self._run, self._blocks, self._factor = ARMS[run.arm], run, blocks, factor
-        self._schedule = schedule_of(run, len(blocks))
-        # The guide's decoder parameters leave out the segmentation head; it is added, so that moments alone differ.
-        self._head = unet.get_decoder_parameters()
-        self._set(0)
-        self.optimizer = _adamw([{"params": self._head, "lr": run.lr}], self._arm)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
-
-    def begin(self, epoch: int) -> None:
-        number = self._schedule[epoch]
-        if not (epoch > 0 and number != self._schedule[epoch - 1]):
-            return
-        self._set(number)
-        encoder = [parameter for block in self._blocks[::-1][:number] for parameter in block.parameters()]
-        low = self._run.lr * self._run.scale
-        groups = [
-            {"params": self._head, "lr": self._run.lr, "initial_lr": self._run.lr},
-            {"params": encoder, "lr": low, "initial_lr": low},
-        ]
-        self.optimizer = _adamw(groups, self._arm)
-        if self._arm.moments == "recreated":  # in the guide's loop the scheduler goes on driving the first optimizer
-            self.scheduler = torch.optim.lr_scheduler.LambdaLR(
-                self.optimizer, self._factor, self.scheduler.last_epoch - 1
-            )
-
-    def _set(self, number: int) -> None:
-        for depth, block in enumerate(self._blocks[::-1]):
-            if self._arm.norms == "train":
-                for parameter in block.parameters():
-                    parameter.requires_grad_(depth < number)
-            else:
-                (unfreeze if depth < number else freeze)(block)
-
-
-def _adamw(groups: list[dict[str, Any]], arm: Arm) -> torch.optim.AdamW:
-    return torch.optim.AdamW(groups, betas=(0.9, arm.beta2), fused=True)
-
-
 def schedule_of(run: Run, blocks: int) -> UnfreezeSchedule:
     """The number of blocks by epoch."""
     trains = ARMS[run.arm].trains
@@ -285,8 +201,10 @@ def train(run: Run, setting: Setting) -> tuple[dict[str, Any], nn.Module]:
         if run.lr_schedule == "constant"
         else (lambda step: (1 + math.cos(math.pi * step / total)) / 2)
     )
-    made: type[_InPlace | _Recreated] = _Recreated if ARMS[run.arm].moments in ("recreated", "printed") else _InPlace
-    driver = made(unet, blocks, run, factor)
+    arm = ARMS[run.arm]
+    # The guide's decoder parameters leave out the segmentation head; it is added, so that moments alone differ.
+    head = unet.get_decoder_parameters()
+    driver = driver_of(arm)(arm, head, blocks, schedule_of(run, len(blocks)), factor, run.lr, run.scale)
     loss_of = DistillationLoss(alpha=0.0)
     every, ends = run.epochs // EVALUATIONS, phase_ends(run, len(blocks))
     losses: list[float] = []

@@ -2,42 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
 from measuring import as_markdown
+from pairing import LEVEL, Interval, Table, against, comparison, holm, interval, of, paired, shown
+from studying import write_json
 from unfreezing_arms import ARMS, EVALUATIONS
-from unfreezing_statistics import (
-    LEVEL,
-    Interval,
-    Table,
-    against,
-    at,
-    comparison,
-    final,
-    holm,
-    interval,
-    loss_ratio,
-    of,
-    paired,
-    reach,
-    shifted,
-    tables,
-)
+from unfreezing_statistics import at, final, loss_ratio, reach, shifted, tables
 
 PARTS = {"test": final("test"), "noise": shifted("noise"), "blur": shifted("blur")}
 GUIDE = {"0 blocks": "0", "1-2": "+1 to +2", "3-4": "+2 to +3", "5-6": "+1 to +2", "7": "0 to +1", "in all": "+3 to +8"}
-
-
-def _shown(column: dict[str, tuple[Interval, float]], arm: str) -> tuple[str, str]:
-    if arm not in column:
-        return "", ""
-    one, p = column[arm]
-    mark = "**" if p < LEVEL else ""
-    return f"{mark}{one.signed}{mark}", "-" if math.isnan(p) else f"{p:.3f}"
 
 
 def main_table(table: Table) -> str:
@@ -46,8 +23,8 @@ def main_table(table: Table) -> str:
     frozen, kept = against(table, "frozen", measure), against(table, "kept", measure)
     rows = []
     for arm in table:
-        to_frozen, p_frozen = _shown(frozen, arm)
-        to_kept, p_kept = _shown(kept, arm)
+        to_frozen, p_frozen = shown(frozen, arm)
+        to_kept, p_kept = shown(kept, arm)
         rows.append(
             {
                 "arm": ARMS[arm].text,
@@ -75,7 +52,7 @@ def shift_table(table: Table) -> str:
         for kind in ("noise", "blur"):
             row[kind] = str(interval(of(table, arm, shifted(kind))))
             for other in ("frozen", "kept"):
-                row[f"{kind}, to {other}"] = _shown(columns[kind, other], arm)[0]
+                row[f"{kind}, to {other}"] = shown(columns[kind, other], arm)[0]
         rows.append(row)
     return as_markdown(rows)
 
@@ -111,7 +88,7 @@ def loss_table(table: Table) -> str:
     rows = []
     for arm in table:
         by_place = zip(*(cell["loss_ratios"] for cell in table[arm]), strict=True)
-        to_frozen, to_kept = _shown(frozen, arm), _shown(kept, arm)
+        to_frozen, to_kept = shown(frozen, arm), shown(kept, arm)
         rows.append(
             {
                 "arm": ARMS[arm].text,
@@ -175,7 +152,7 @@ def pair_table(found: dict[tuple[int, str], Table]) -> str:
     for first, second, what in PAIRS:
         row = {"what differs": what, "arms": f"{first} - {second}"}
         for which, column in columns.items():
-            one, p = _shown(column, what)
+            one, p = shown(column, what)
             row[titled(which, found[which])] = f"{one} (p {p})" if one else "-"
         rows.append(row)
     return as_markdown(rows)
@@ -267,14 +244,8 @@ def choices_text(choices: dict[str, Any]) -> str:
 
 
 def write(result: dict[str, Any], output: Path) -> None:
-    """Write `unfreezing.json`, one cell a line; `.md` and `.png` where at least one seed is complete."""
-    parts = [
-        json.dumps({key: value for key, value in result.items() if key not in ("tuning", "cells")}, indent=1)[1:-2]
-    ]
-    for name in ("tuning", "cells"):
-        lines = ",\n".join(json.dumps(cell) for cell in result[name])
-        parts.append(f'\n "{name}": [\n{lines}\n ]')
-    (output / "unfreezing.json").write_text("{" + ",".join(parts) + "\n}\n")
+    """Write `unfreezing.json`; `.md` and `.png` where at least one seed is complete."""
+    write_json(result, output / "unfreezing.json")
     found = tables(result["cells"], result["arms"])
     if not found:
         print("no seed is complete yet")

@@ -5,7 +5,9 @@ import math
 from functools import cache
 from pathlib import Path
 
+import pairing
 import pytest
+import studying
 import torch
 import unfreezing
 import unfreezing_arms
@@ -27,30 +29,30 @@ def trained(arm: str, lr_schedule: str) -> tuple[dict, Tensor]:
 
 def test_intervals_are_students() -> None:
     """Mean and half width of 1, 2, 3 by hand; the p value is that of SciPy's paired test."""
-    assert statistics.interval([1.0, 2.0, 3.0])[:2] == pytest.approx((2.0, 4.30265 / math.sqrt(3)), rel=1e-5)
+    assert pairing.interval([1.0, 2.0, 3.0])[:2] == pytest.approx((2.0, 4.30265 / math.sqrt(3)), rel=1e-5)
     first, second = [1.0, 4.0, 2.5, 7.0], [0.5, 2.0, 2.0, 6.5]
-    found = statistics.paired(first, second)
+    found = pairing.paired(first, second)
     assert found.mean == pytest.approx(0.875)
     assert found.p == pytest.approx(stats.ttest_rel(first, second).pvalue)
 
 
 def test_an_interval_of_one_value_is_infinite() -> None:
     """One seed says nothing about the next, and is never significant."""
-    found = statistics.interval([1.0])
+    found = pairing.interval([1.0])
     assert found.half == math.inf
     assert math.isnan(found.p)
-    assert statistics.holm({"a": found.p, "b": 0.03})["b"] == 0.03
+    assert pairing.holm({"a": found.p, "b": 0.03})["b"] == 0.03
 
 
 def test_equal_arms_have_no_difference() -> None:
     """All differences 0 is p = 1; all differences equal, and not 0, is p = 0."""
-    assert statistics.paired([1.0, 2.0], [1.0, 2.0]) == (0.0, 0.0, 1.0)
-    assert statistics.paired([2.0, 3.0], [1.0, 2.0]) == (1.0, 0.0, 0.0)
+    assert pairing.paired([1.0, 2.0], [1.0, 2.0]) == (0.0, 0.0, 1.0)
+    assert pairing.paired([2.0, 3.0], [1.0, 2.0]) == (1.0, 0.0, 0.0)
 
 
 def test_holm_steps_down() -> None:
     """The textbook's correction: p times the number left, never below an earlier one, at most 1."""
-    found = statistics.holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.9})
+    found = pairing.holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.9})
     assert found == pytest.approx({"a": 0.04, "c": 0.09, "b": 0.09, "d": 0.9})
 
 
@@ -124,7 +126,7 @@ def test_a_cut_off_table_is_balanced() -> None:
     """Cells come seed by seed within a kind of run, each once, and eight seeds of every arm are planned."""
     choices = dict(unfreezing.QUICK_CHOICES)
     runs = unfreezing.table_runs(list(unfreezing_arms.SHORT_ARMS), 8, choices, quick=False)
-    assert len({unfreezing.key(run) for run in runs}) == len(runs) == 8 * 2 * (13 + 6)
+    assert len({studying.key(run) for run in runs}) == len(runs) == 8 * 2 * (13 + 6)
     assert [run.seed for run in runs[: 4 * 13]] == [seed for seed in range(4) for _ in range(13)]
 
 
@@ -147,6 +149,6 @@ def test_a_quick_run_writes_its_tables_and_is_not_repeated(tmp_path: Path, monke
 
 def test_a_run_without_time_says_so(tmp_path: Path) -> None:
     """Nothing is begun after the given time, and nothing is written in place of a table."""
-    with pytest.raises(SystemExit, match="unfreezing: too little time for the choice of learning rates"):
+    with pytest.raises(SystemExit, match="too little time for the choice of learning rates"):
         unfreezing.main(["--until", "00:00", "--cells", str(tmp_path), "--output", str(tmp_path), "--processes", "0"])
     assert not list(tmp_path.glob("*.md"))

