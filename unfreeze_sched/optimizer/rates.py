@@ -375,6 +375,9 @@ def join(scheduler: Any, groups: Sequence[Mapping[str, Any]], index: int, ratio:
         rate: What `joining_rate` gave for them.
     """
     scheduler = unwrapped(scheduler)
+    # Lists by the address of the shorter one, kept beside: a new one each, since a state that was saved in memory holds
+    # the old one, and one for two where a composite's `_last_lr` is its child's.
+    longer: dict[int, tuple[list[Any], list[Any]]] = {}
     for part in _with_inner(scheduler):
         row = row_of(part.__class__)
         if row is _TIMM:
@@ -392,10 +395,12 @@ def join(scheduler: Any, groups: Sequence[Mapping[str, Any]], index: int, ratio:
         }
         for name, change in changes.items():
             values = getattr(part, name, None)
-            if values is not None and len(values) < len(groups):
-                values = [*values, *(entry_of_own(part, name, group) for group in groups[len(values) : -1])]
-                # A new list, since a state that was saved in memory holds the old one.
-                setattr(part, name, [*values, change(values[index])])
+            if values is None or len(values) >= len(groups):
+                continue
+            if id(values) not in longer:
+                all_old = [*values, *(entry_of_own(part, name, group) for group in groups[len(values) : -1])]
+                longer[id(values)] = values, [*all_old, change(all_old[index])]
+            setattr(part, name, longer[id(values)][1])
         if row is _TIMM and part.warmup_t and ratio != 1:
             part.warmup_steps[-1] = _warmup_step(part)
 
