@@ -111,7 +111,7 @@ def places(value: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
 
 def all_of(unfreezer: ProgressiveUnfreezer, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """What a refused load must leave alone: bits, and the identity of what others may hold."""
-    private = {key: value for key, value in vars(unfreezer).items() if key.startswith("_") and key != "_norms"}
+    private = {key: value for key, value in vars(unfreezer).items() if key.startswith("_")}
     groups = private.pop("_seen_groups")
     return {
         "private": private,

@@ -142,7 +142,6 @@ class ProgressiveUnfreezer:
                 "features are overwritten before the head can use them; pass 0.1"
             )
         self._found_frozen = [block.name for block in self.blocks if block.is_frozen()]
-        self._norms = tuple(norms_of(block) for block in self.blocks)
         self._applied: tuple[int, int] | None = None  # the numbers of blocks unfrozen, and reached
         self._seen_groups: list[dict[str, Any]] | None = None
         self._seen_length = 0
@@ -345,9 +344,9 @@ class ProgressiveUnfreezer:
             parameter.grad = None  # a step would still apply it, and clipping count it
         for index in visited:
             if self.norms in {"frozen", "fixed"} or (self.norms == "eval" and index < shallowest):
-                hold_in_eval(self._norms[index])
+                hold_in_eval(norms_of(self.blocks[index]))
             else:
-                release(self._norms[index])
+                release(self.blocks[index].modules())
             if self.norms == "fixed":
                 drop_gradients(set_requires_grad(self.blocks[index].fixed, requires_grad=False, flipped=[]))
         groups = self.rebuilder.optimizer.param_groups

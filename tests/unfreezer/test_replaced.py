@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from oracle import Net as Plain
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils import parametrizations
@@ -237,3 +238,19 @@ def test_a_model_that_leads_back_to_itself() -> None:
     assert not owners.gone()
     del model.again
     assert owners.gone() == ["layer2"]
+
+
+def test_norms_are_looked_up_when_they_are_held() -> None:
+    """A wrapper that came since, around a layer that is the same, may bring a norm without parameters: it is held, too."""
+    net = Plain(2)
+    optimizer = torch.optim.SGD(net.head.parameters(), lr=0.1)
+    schedule = UnfreezeSchedule(preset=RatePreset(unfreeze_start_epoch=1), total_blocks=2, total_epochs=2)
+    unfreezer = ProgressiveUnfreezer(net.make_blocks(), optimizer, schedule, None)
+    norm = nn.BatchNorm1d(4, affine=False).double()
+    net.blocks[0][0] = nn.Sequential(net.blocks[0][0], norm)
+    unfreezer.apply(0)
+    net.train()
+    assert not norm.training
+    before = copy.deepcopy(norm.state_dict())
+    net(torch.randn(8, 4).double())
+    assert all(torch.equal(before[key], value) for key, value in norm.state_dict().items())

@@ -27,7 +27,7 @@ def freeze(block: Block) -> None:
 def unfreeze(block: Block) -> None:
     """Make a block trainable and give its norm layers back to `model.train()`; idempotent."""
     drop_gradients(set_requires_grad(block.parameters(), requires_grad=True, flipped=[]))
-    release(norms_of(block))
+    release(block.modules())
 
 
 def set_requires_grad(
@@ -156,9 +156,9 @@ def asked_of(module: nn.Module) -> bool:
     return hold.asked if isinstance(hold, _EvalHold) else module.training
 
 
-def release(norms: Iterable[nn.Module]) -> None:
-    """Let norm layers follow `train()` again, from the mode last asked of them; idempotent."""
-    for module in norms:
+def release(modules: Iterable[nn.Module]) -> None:
+    """Let those of these modules that are held follow `train()` again, from the mode last asked of them; idempotent."""
+    for module in modules:
         hold = module.__dict__.get("train")
         if isinstance(hold, _EvalHold):
             del module.__dict__["train"]

@@ -17,7 +17,8 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
+from operator import mul
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -225,7 +226,7 @@ def joining_rate(
     all_leaves = [leaf for scheduler in schedulers for leaf in leaves(scheduler)]
     if all(_stands_at_first(leaf, template, index, ratio) for leaf in all_leaves):
         # timm's warm-up starts every group from one and the same rate.
-        return _copied if any(_warms_up_from(leaf) for leaf in all_leaves) else _times(ratio)
+        return _copied if any(_warms_up_from(leaf) for leaf in all_leaves) else partial(mul, ratio)
     for leaf in all_leaves:
         is_plateau = _kind(leaf.__class__) is ReduceLROnPlateau
         if is_plateau and leaf.last_epoch and not _is_above(leaf, index, float(template["lr"]) * ratio):
@@ -234,7 +235,7 @@ def joining_rate(
     if floored:  # those to come in a sequence have had no say
         floored = next((leaf for scheduler in schedulers for leaf in _had_a_say(scheduler) if _floor(leaf)), None)
     if floored is None:
-        return _times(ratio)
+        return partial(mul, ratio)
     along = _along(schedulers[0], index, ratio) if len(schedulers) == 1 else None
     return along or Floored(floored, _floor(floored))
 
@@ -274,22 +275,18 @@ def _copied(rate: Rate) -> Rate:
     return rate.clone() if isinstance(rate, Tensor) else rate
 
 
-def _times(ratio: float) -> RateMap:
-    return lambda rate: rate * ratio
-
-
 def _along(scheduler: Any, index: int, ratio: float) -> RateMap | None:
     """The map between the two groups' rates along a scheduler's own formula, None where that depends on the past."""
     if ratio == 1:
         return _copied
     if not any(_floor(leaf) for leaf in _had_a_say(scheduler)):
-        return _times(ratio)
+        return partial(mul, ratio)
     leaf = _followed(scheduler)
     if leaf is None or row_of(leaf.__class__) is _TIMM:
         return _past_floor(scheduler, index, ratio)
     floor, base = _floor(leaf), leaf.base_lrs[index]
     if not floor or leaf.last_epoch <= 0:
-        return _times(ratio)
+        return partial(mul, ratio)
     if base == floor:  # the template stands still, and tells nothing of how far the cosine is
         elapsed, period = (leaf.T_cur, leaf.T_i) if hasattr(leaf, "T_cur") else (leaf.last_epoch, leaf.T_max)
         share = (1 + math.cos(math.pi * elapsed / period)) / 2
@@ -315,7 +312,7 @@ def _past_floor(scheduler: Any, index: int, ratio: float) -> RateMap | None:
         # It mixes the rate that it found with its own, by a share that can be read off.
         return lambda rate: (swa * ratio - left_to_us) * ((rate - left) / (swa - left)) + left_to_us
     if _kind(present.__class__) is MultiplicativeLR and left != 0:
-        return _times(left_to_us / left)
+        return partial(mul, left_to_us / left)
     return None
 
 
@@ -387,9 +384,9 @@ def join(scheduler: Any, groups: Sequence[Mapping[str, Any]], index: int, ratio:
             scaled, copied = ("base_lrs", *row.scaled_lists), row.copied_lists
         # What an inner scheduler reports is written anew at its next step, and no formula reads it, so that the ratio
         # will do where `joining_rate` would find none for it alone.
-        own = rate if part is scheduler else _along(part, index, ratio) or _times(ratio)
+        own = rate if part is scheduler else _along(part, index, ratio) or partial(mul, ratio)
         changes: dict[str, RateMap] = {
-            **dict.fromkeys(scaled, _times(ratio)),
+            **dict.fromkeys(scaled, partial(mul, ratio)),
             **dict.fromkeys(copied, lambda value: value),
             "_last_lr": own,
         }
