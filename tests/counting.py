@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable
 from types import FrameType
@@ -22,6 +23,8 @@ def work_of(call: Callable[[], object]) -> int:
         count += event == "c_call"
 
     before = sys.gettrace(), sys.getprofile()
+    gc.collect()
+    gc.disable()  # what it collects is none of the call's work
     sys.settrace(traced)
     sys.setprofile(profiled)
     try:
@@ -29,4 +32,5 @@ def work_of(call: Callable[[], object]) -> int:
     finally:
         sys.settrace(before[0])
         sys.setprofile(before[1])
+        gc.enable()
     return count
