@@ -266,3 +266,22 @@ def test_concurrent_applies_are_one_at_a_time() -> None:
     assert [group.get("unfreeze_block") for group in optimizer.param_groups[1:]] == [f"block{i}" for i in range(8)][
         ::-1
     ]
+
+
+def test_a_resume_before_any_join_with_a_later_group() -> None:
+    """Where no group changes its place the schedulers' lists stay as they are, one that lacks a later group's entry too."""
+    states: list[Any] = []
+    for _ in range(2):
+        net, other = Net(2), nn.Linear(2, 2)
+        optimizer = torch.optim.SGD(net.head.parameters(), lr=1.0)
+        scheduler = lr_scheduler.StepLR(optimizer, 1, 0.5)
+        schedule = UnfreezeSchedule(preset=RatePreset(unfreeze_start_epoch=3), total_blocks=2, total_epochs=9)
+        unfreezer = ProgressiveUnfreezer(net.make_blocks(), optimizer, schedule, [scheduler])
+        optimizer.add_param_group({"params": list(other.parameters()), "lr": 3.0})
+        if states:
+            unfreezer.load_state_dict(states[0])
+        else:
+            unfreezer.apply(0)
+        states.append(unfreezer.state_dict())
+        assert scheduler.base_lrs == [1.0]
+    assert states[0] == states[1]

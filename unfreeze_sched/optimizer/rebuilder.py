@@ -280,8 +280,9 @@ class OptimizerRebuilder:
     def restore_order(self, saved: Sequence[groups.Tag]) -> None:
         """Bring groups and rows into a saved run's order, of which `order` told; an optimizer's state goes by place."""
         order = groups.reorder(self.optimizer, saved)
-        for scheduler in self.lr_schedulers or ():
-            rates.reorder(scheduler, order)
+        if order != sorted(order):  # else no row moves, and one that lacks the entry of a later group is left alone
+            for scheduler in self.lr_schedulers or ():
+                rates.reorder(scheduler, order)
 
     def _all(self) -> range:
         return range(len(self.blocks) - 1, -1, -1)
