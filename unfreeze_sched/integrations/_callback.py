@@ -185,5 +185,5 @@ class Arguments:
 
 def metrics(unfreezer: ProgressiveUnfreezer, rates: Mapping[str, float]) -> dict[str, float]:
     """What goes to the loggers: the number of blocks that train, and the learning rate of each that has joined."""
-    blocks = sum(any(p.requires_grad for p in block.parameters()) for block in unfreezer.blocks)
+    blocks = sum(not block.is_frozen() for block in unfreezer.blocks)
     return {"unfreeze/blocks": blocks, **{f"unfreeze/lr/{name}": rate for name, rate in rates.items()}}

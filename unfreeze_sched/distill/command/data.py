@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from unfreeze_sched._checks import plain
 from unfreeze_sched.distill.command.files import (
     DataError,
     File,
@@ -26,7 +27,6 @@ from unfreeze_sched.distill.command.files import (
     Values,
     as_rgb,
     central,
-    printable,
     read_pair,
     values_of,
 )
@@ -260,7 +260,7 @@ def load_folders(
         pairs, lines = pairs_of(Path(folder), f"{folder}/" if place else "")
         parts.append(pairs)
         for line in lines:
-            tell(printable(line))
+            tell(plain(line))
     if (number := sum(map(len, parts))) >= _MANY:
         tell(f"{number} images and masks are looked at first")
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:

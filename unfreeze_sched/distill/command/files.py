@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageSequence, UnidentifiedImageError
 
-from unfreeze_sched._checks import listed
+from unfreeze_sched._checks import listed, plain
 
 _MOST_PIXELS = 2**30
 # By content, whatever the names say. Pillow reads more: for some, such as EPS, it starts a program.
@@ -27,12 +27,7 @@ class DataError(ValueError):
     """The images or masks cannot be used; one line says what, and one fix."""
 
     def __init__(self, text: str) -> None:
-        super().__init__(printable(text))
-
-
-def printable(text: str) -> str:
-    """A text without what a terminal obeys or cannot show, which names of files may have."""
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+        super().__init__(plain(text))
 
 
 @dataclass(frozen=True)
