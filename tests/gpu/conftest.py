@@ -42,5 +42,5 @@ def _deterministic() -> Iterator[None]:
 def pytest_itemcollected(item: pytest.Item) -> None:
     """On a card torch warns of its own affairs, of which a version may know more: the library's warnings alone fail."""
     if item.get_closest_marker("gpu"):
-        own = "error:(`|no gradient reached)", "ignore:`learning_rate_scale` should be below 1"
+        own = "error:(`|no gradient reached):UserWarning", "ignore:`learning_rate_scale` should be below 1"
         item.add_marker(pytest.mark.filterwarnings("default", *own))
