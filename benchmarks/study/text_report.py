@@ -16,12 +16,11 @@ from text_arms import ARMS, MARKS, SHIFTED
 REFERENCES = ("frozen", "full_low")
 WINDOW = 5  # steps before and after a transition
 MARGIN = 1.0  # points that "as good" may lose, set before any run
-Tables = dict[int, Table]
 
 
 def validation(cell: Cell) -> float:
     """Accuracy on the validation part at the end, in percent."""
-    return 100 * float(list(cell["validation"].values())[-1][0])
+    return 100 * float(list(cell["validation"].values())[-1])
 
 
 def movies(cell: Cell) -> float:
@@ -40,15 +39,12 @@ def shift(cell: Cell) -> float:
 
 def seconds(cell: Cell) -> float:
     """Processor time of the training."""
-    return float(list(cell["validation"].values())[-1][1])
+    return float(list(cell["seconds"].values())[-1])
 
 
-def reach(cell: Cell, target: float) -> tuple[float, float]:
-    """Steps and seconds until the validation accuracy was first at least `target` percent; infinite if never."""
-    for step, (value, spent) in cell["validation"].items():
-        if 100 * value >= target:
-            return int(step), spent
-    return math.inf, math.inf
+def reach(cell: Cell, target: float) -> str | None:
+    """The first mark, in steps, at which the validation accuracy was at least `target` percent."""
+    return next((step for step, value in cell["validation"].items() if 100 * value >= target), None)
 
 
 def rises(cell: Cell, other: Cell) -> list[float]:
@@ -62,13 +58,33 @@ def rises(cell: Cell, other: Cell) -> list[float]:
     ]
 
 
-def tables_of(result: dict[str, Any]) -> Tables:
-    """By size; only the seeds of which every planned arm is there."""
-    found = {
-        int(size): complete([cell for cell in result["cells"] if cell["run"]["size"] == int(size)], plan["arms"])
-        for size, plan in result["sizes"].items()
-    }
-    return {size: table for size, table in found.items() if table}
+class Found(NamedTuple):
+    """The cells of one size, of the seeds of which every arm is there."""
+
+    table: Table
+    timed: Table
+    """Those whose processor time was measured."""
+
+    def spent(self, arm: str) -> dict[str, float]:
+        """Processor time by mark; the median over the seeds."""
+        return {
+            step: median(cell["seconds"][step] for cell in self.timed[arm]) for step in self.timed[arm][0]["seconds"]
+        }
+
+    def share(self, arm: str) -> float:
+        """CPU time in percent of full fine-tuning's at the low rate; the median of the seeds' ratios."""
+        pairs = zip(of(self.timed, arm, seconds), of(self.timed, "full_low", seconds), strict=True)
+        return median(100 * one / other for one, other in pairs)
+
+
+def tables_of(result: dict[str, Any]) -> dict[int, Found]:
+    """By size, where a seed is complete."""
+    found = {}
+    for size in map(int, result["sizes"]):
+        cells = [cell for cell in result["cells"] if cell["run"]["size"] == size]
+        kinds = [cell for cell in cells if cell["test"]], [cell for cell in cells if cell["seconds"]]
+        found[size] = Found(*(complete(some, ARMS) for some in kinds))
+    return {size: one for size, one in found.items() if one.table and one.timed}
 
 
 def labelled(arm: str) -> str:
@@ -93,28 +109,24 @@ def accuracy_table(table: Table, measures: dict[str, Measure]) -> str:
     return _rows(table, columns)
 
 
-def cost_table(table: Table) -> str:
+def cost_table(found: Found) -> str:
     """CPU time to the end, and to the frozen arm's last validation accuracy of the same seed."""
 
     def columns(arm: str) -> dict[str, object]:
-        pairs = zip(table[arm], table["frozen"], strict=True)
-        reached = [reach(cell, validation(frozen)) for cell, frozen in pairs]
-        steps, spent = (median(one[place] for one in reached) for place in (0, 1))
-        return {
-            "CPU s": f"{median(of(table, arm, seconds)):.0f}",
-            "% of full_low": f"{share(table, arm):.0f}",
-            "frozen's accuracy reached by": f"{sum(one[0] < math.inf for one in reached)} of {len(reached)}",
-            "after steps": f"{steps:.0f}" if steps < math.inf else "not reached",
-            "after CPU s": f"{spent:.0f}" if spent < math.inf else "not reached",
+        pairs = zip(found.table[arm], found.table["frozen"], strict=True)
+        marks = [reach(cell, validation(frozen)) for cell, frozen in pairs]
+        ends = [math.inf if mark is None else found.spent(arm)[mark] for mark in marks]
+        row: dict[str, object] = {
+            "CPU s": f"{list(found.spent(arm).values())[-1]:.0f}",
+            "% of full_low": f"{found.share(arm):.0f}",
+            "frozen's accuracy reached by": f"{sum(mark is not None for mark in marks)} of {len(marks)}",
         }
+        steps = median(math.inf if mark is None else int(mark) for mark in marks)
+        for name, value in {"after steps": steps, "after CPU s": median(ends)}.items():
+            row[name] = f"{value:.0f}" if value < math.inf else "not reached"
+        return row
 
-    return _rows(table, columns)
-
-
-def share(table: Table, arm: str) -> float:
-    """CPU time in percent of full fine-tuning's at the low rate; the median of the seeds' ratios."""
-    pairs = zip(of(table, arm, seconds), of(table, "full_low", seconds), strict=True)
-    return median(100 * one / other for one, other in pairs)
+    return _rows(found.table, columns)
 
 
 def loss_table(table: Table) -> str:
@@ -181,41 +193,35 @@ def verdict(one: Interval, sign: int) -> str:
     return "**yes**" if sign == 0 and low > -MARGIN else "not told apart"
 
 
-def headline_table(found: Tables) -> str:
+def headline_table(found: dict[int, Found]) -> str:
     """What others report beside what is measured here."""
     rows = []
     for source, claim, arm, other, measure, sign in HEADLINES:
         row = {"source": source, "reported": claim, "here": f"{arm} - {other}, {measure.__name__}"}
-        for size, table in found.items():
-            there = arm in table and other in table
-            one = comparison(table, arm, other, measure) if there else None
-            row[titled(size, table)] = f"{one.signed}: {verdict(one, sign)}" if one else "-"
+        for size, (table, _) in found.items():
+            one = comparison(table, arm, other, measure)
+            row[titled(size, table)] = f"{one.signed}: {verdict(one, sign)}"
         rows.append(row)
     return as_markdown(rows)
 
 
-def candidates(found: Tables) -> str:
+def candidates(found: dict[int, Found]) -> str:
     """Each arm against full fine-tuning in every size: better, or as good and cheaper, or neither."""
     rows = []
-    for arm in ARMS:
+    for arm in (arm for arm in ARMS if arm not in REFERENCES):
         row: dict[str, object] = {"arm": labelled(arm)}
         lows, costs, kept = [], [], True
-        for size, table in found.items():
-            row[titled(size, table)] = "-"
-            if arm in table:
-                one, other = (comparison(table, arm, "full_low", measure) for measure in (movies, shift))
-                lows.append(one.mean - one.half)
-                costs.append(share(table, arm))
-                kept &= other.mean + other.half >= 0
-                row[titled(size, table)] = f"{one.signed}, shifted {other.signed}, in {costs[-1]:.0f} % of the time"
-        if len(lows) < len(found):
-            told = "not run in every size"
-        elif kept and min(lows) > 0:
+        for size, each in found.items():
+            one, other = (comparison(each.table, arm, "full_low", measure) for measure in (movies, shift))
+            lows.append(one.mean - one.half)
+            costs.append(each.share(arm))
+            kept &= other.mean + other.half >= 0
+            row[titled(size, each.table)] = f"{one.signed}, shifted {other.signed}, in {costs[-1]:.0f} % of the time"
+        if kept and min(lows) > 0:
             told = "**better**"
         else:
             told = "**as good and cheaper**" if kept and min(lows) > -MARGIN and max(costs) < 100 else "neither"
-        if lows and arm not in REFERENCES:
-            rows.append(row | {"in every size": told})
+        rows.append(row | {"in every size": told})
     return as_markdown(rows)
 
 
@@ -225,8 +231,9 @@ def titled(size: int, table: Table) -> str:
     return f"{size:,} sentences, {len(cells[0]['losses'])} steps, {len(cells)} {'seed' if len(cells) == 1 else 'seeds'}"
 
 
-def section(size: int, table: Table) -> str:
+def section(size: int, found: Found) -> str:
     """All tables of one size."""
+    table = found.table
     return f"""## {titled(size, table)}
 
 Movie snippets, the test part, and the mean of the three shifted test sets; then each of these.
@@ -235,10 +242,10 @@ Movie snippets, the test part, and the mean of the three shifted test sets; then
 
 {accuracy_table(table, {name: part(name) for name in SHIFTED})}
 
-CPU time of the training on one thread, on a shared machine (medians), and what it took to reach the frozen arm's last
+CPU time of the training on one thread (medians over {len(found.timed["frozen"])} seeds), and what it took to reach the frozen arm's last
 validation accuracy of the same seed, looked at after {", ".join(f"{100 * mark:.0f}" for mark in MARKS)} % of the steps.
 
-{cost_table(table)}
+{cost_table(found)}
 
 Training loss of the {WINDOW} steps after a transition over the {WINDOW} before it, less the same of the frozen arm, which sees the same
 batches; and how far each layer went from its pretrained weights (relative L2 distance).
@@ -258,7 +265,7 @@ def choices_text(choices: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def draw(found: Tables, path: Path) -> None:
+def draw(found: dict[int, Found], path: Path) -> None:
     """A column for each size: differences to frozen, and validation accuracy by CPU time."""
     import matplotlib as mpl  # noqa: PLC0415  # slow to import, and not needed without a table
 
@@ -266,16 +273,18 @@ def draw(found: Tables, path: Path) -> None:
     from matplotlib import pyplot as plt  # noqa: PLC0415  # after the backend is chosen
 
     figure, axes = plt.subplots(2, len(found), figsize=(7 * len(found), 11), squeeze=False, layout="constrained")
-    for (size, table), (above, below) in zip(found.items(), axes.T, strict=True):
+    for (size, each), (above, below) in zip(found.items(), axes.T, strict=True):
+        table = each.table
         above.set_title(f"{titled(size, table)}\naccuracy, points over frozen, 95 % interval", fontsize=10)
         forest(above, table, {"movies": movies, "shifted": shift}, {arm: labelled(arm) for arm in table})
         below.set_title("validation accuracy, %, by CPU seconds of training; means", fontsize=10)
         for arm, cells in table.items():
-            points = zip(*(cell["validation"].values() for cell in cells), strict=True)
-            spent = [(mean(one[1] for one in some), 100 * mean(one[0] for one in some)) for some in points]
+            heights = [
+                100 * mean(values) for values in zip(*(cell["validation"].values() for cell in cells), strict=True)
+            ]
             color = f"C{list(ARMS).index(arm) % 10}"
             style = "--" if list(ARMS).index(arm) > 9 else "-"
-            below.plot(*zip(*spent, strict=True), style, color=color, label=labelled(arm), marker=".")
+            below.plot(each.spent(arm).values(), heights, style, color=color, label=labelled(arm), marker=".")
         below.legend(fontsize=7)
     figure.savefig(path, dpi=70)
     plt.close(figure)
@@ -289,19 +298,17 @@ def write(result: dict[str, Any], output: Path) -> None:
         print("no seed is complete yet")
         return
     draw(found, output / "text.png")
-    done = {
-        int(size): len(next(iter(found[int(size)].values()))) if int(size) in found else 0 for size in result["sizes"]
-    }
     text = TEXT.format(
-        state=", ".join(f"{size:,} sentences {number}" for size, number in done.items()),
+        state=", ".join(f"{size:,} sentences {len(each.table['frozen'])}" for size, each in found.items()),
+        machines="; ".join(sorted({cell["on"] for cell in result["cells"]})),
         versions=", ".join(f"{name} {value}" for name, value in result["versions"].items()),
         commits=", ".join(sorted({cell["commit"][:12] for cell in result["cells"]})),
-        epochs=", ".join(f"{int(size):,} sentences {plan['epochs']} times" for size, plan in result["sizes"].items()),
+        epochs=", ".join(f"{int(size):,} sentences {epochs} times" for size, epochs in result["sizes"].items()),
         choices=choices_text(result["choices"]),
         headlines=headline_table(found),
         candidates=candidates(found),
         margin=MARGIN,
-        sections="\n".join(section(size, table) for size, table in found.items()),
+        sections="\n".join(section(size, each) for size, each in found.items()),
         **result["setting"],
     )
     (output / "text.md").write_text(text)
@@ -315,7 +322,7 @@ included). Written by the script; losing results stand as they are.
 
 Complete seeds: {state}.
 
-{versions}; library at {commits}.
+{versions}; trained on {machines}; library at {commits}.
 
 ## What others report, and what shows here
 

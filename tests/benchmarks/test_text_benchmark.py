@@ -20,7 +20,8 @@ import text_report
 import torch
 from pairing import Interval
 from safetensors.torch import load, save
-from text_arms import SHIFTED, SOURCE, WHEEL, Run, Setting, train
+from text_arms import ARMS, SHIFTED, SOURCE, WHEEL, Run, Setting, train
+from text_report import Found
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel
 
@@ -136,9 +137,9 @@ def test_weights_move_where_blocks_joined(folder: Path) -> None:
 
 def test_reaching_and_rising_by_hand() -> None:
     """The first mark at the target; the loss after a transition over that before, less the other arm's."""
-    cell = {"validation": {"6": [0.6, 2.0], "12": [0.8, 5.0]}, "losses": [1.0] * 5 + [0.5] * 5, "transitions": [0, 5]}
-    assert text_report.reach(cell, 80.0) == (12, 5.0)
-    assert text_report.reach(cell, 81.0) == (math.inf, math.inf)
+    cell = {"validation": {"6": 0.6, "12": 0.8}, "losses": [1.0] * 5 + [0.5] * 5, "transitions": [0, 5]}
+    assert text_report.reach(cell, 80.0) == "12"
+    assert text_report.reach(cell, 81.0) is None
     assert text_report.rises(cell, cell | {"losses": [1.0] * 10}) == [-50.0]
 
 
@@ -161,12 +162,12 @@ def test_a_headline_shows_where_the_interval_says_so(mean: float, half: float, s
 
 
 def test_an_arm_is_better_or_as_good_and_cheaper_in_every_size() -> None:
-    """A larger loss, more time, or a loss on the shifted sets in one size is neither; nor is an arm that one size lacks."""
+    """A larger loss, more time, or a loss on the shifted sets in one size is neither."""
 
     def cells(seconds: float, snippets: float, shifted: float = 0.7) -> list[dict]:
         return [
             {
-                "validation": {"9": [0.5, seconds]},
+                "seconds": {"9": seconds},
                 "test": {"movies": snippets + seed / 100} | dict.fromkeys(SHIFTED, shifted + seed / 100),
                 "losses": [1.0],
             }
@@ -174,9 +175,9 @@ def test_an_arm_is_better_or_as_good_and_cheaper_in_every_size() -> None:
         ]
 
     def told(small: list[dict], large: list[dict]) -> str:
-        found = {320: {"full_low": full, "early": small, "late": full}, 5000: {"full_low": full, "early": large}}
-        early, late = text_report.candidates(found).splitlines()[-2:]
-        assert late.endswith("| not run in every size |")
+        tables = {size: dict.fromkeys(ARMS, full) | {"early": one} for size, one in ((320, small), (5000, large))}
+        lines = text_report.candidates({size: Found(table, table) for size, table in tables.items()}).splitlines()
+        early = next(line for line in lines if line.startswith("| early:"))
         return early.split(" | ")[-1].removesuffix(" |")
 
     full, same = cells(100, 0.8), cells(90, 0.8)
@@ -187,14 +188,27 @@ def test_an_arm_is_better_or_as_good_and_cheaper_in_every_size() -> None:
 
 
 def test_a_cut_off_table_is_balanced() -> None:
-    """Four seeds of each size come first, seed by seed; every cell once; the dearest size has its few arms and seeds."""
-    runs = text.table_runs(text.SIZES, 8, dict(text.QUICK_CHOICES))
-    arms = len(text_arms.ARMS)
-    assert len(set(runs)) == len(runs) == 2 * 8 * arms + 4 * 5
-    assert [(run.size, run.seed) for run in runs[: 5 * arms]] == [
-        (size, seed) for size, seed in [(320, 0), (320, 1), (320, 2), (320, 3), (1280, 0)] for _ in range(arms)
+    """Seed by seed; every cell once."""
+    runs = text.table_runs(text.SIZES, 8, dict(text.QUICK_CHOICES), "cuda")
+    arms = len(ARMS)
+    assert len(set(runs)) == len(runs) == 8 * 3 * arms
+    assert [(run.size, run.seed) for run in runs[: 4 * arms]] == [
+        (size, seed) for size, seed in [(320, 0), (1280, 0), (5000, 0), (320, 1)] for _ in range(arms)
     ]
-    assert {run.seed for run in runs if run.size == 5000} == {0, 1, 2, 3}
+    assert {run.device for run in runs} == {"cuda"}
+
+
+def test_processor_time_is_of_runs_on_the_cpu(folder: Path) -> None:
+    """A run on another device has none; its time is that of the same arm and size there, by mark."""
+    cell = trained(folder, "frozen")
+    assert cell["seconds"].keys() == cell["validation"].keys()
+    elsewhere = [cell | {"run": {"arm": arm, "size": 40, "seed": 0}, "seconds": {}} for arm in ARMS]
+    assert text_report.tables_of({"sizes": {"40": 2}, "cells": elsewhere}) == {}
+    here = [one | {"seconds": {"9": 3.0}, "test": {}} for one in elsewhere]
+    found = text_report.tables_of({"sizes": {"40": 2}, "cells": [*elsewhere, *here]})[40]
+    assert found.spent("early") == {"9": 3.0}
+    assert found.table["early"][0]["seconds"] == {}
+    assert found.share("early") == 100
 
 
 def test_rates_are_chosen_on_the_validation_part_of_their_own_seeds(tmp_path: Path) -> None:
@@ -206,7 +220,7 @@ def test_rates_are_chosen_on_the_validation_part_of_their_own_seeds(tmp_path: Pa
         miss = abs(math.log(run.lr / (1.5e-4 if run.arm == "full" else 0.01)))
         rates = {"frozen": run.scale * run.lr, "full": run.lr, "late": 5e-4}
         miss += abs(math.log(run.scale * run.lr / rates.get(run.arm, 5e-5)))
-        return {"validation": {"9": [1 - miss / 10, 1.0]}}, None
+        return {"validation": {"9": 1 - miss / 10}}, None
 
     choices = text.tuning(studying.Cells(fake, SMALL, tmp_path, tmp_path / "none", math.inf, 0))
     wanted = {
@@ -245,15 +259,14 @@ def test_a_quick_run_writes_its_tables_and_is_not_repeated(
         monkeypatch.setitem(text_arms.SHA256, name, hashlib.sha256((folder / name).read_bytes()).hexdigest())
     monkeypatch.setattr(text, "QUICK", SMALL)
     monkeypatch.setattr(text, "QUICK_SIZES", {40: 2})
-    monkeypatch.setitem(text.FEW, 40, few := ("frozen", "full_low", "early"))
     arguments = ["--quick", "--data", str(folder), "--processes", "0", "--output", str(tmp_path)]
     text.main([*arguments, "--cells", str(tmp_path / "cells")])
     written = (tmp_path / "text.md").read_text()
-    assert all(f"| {arm}: {text_arms.ARMS[arm].text} |" in written for arm in few)
+    assert all(f"| {arm}: {ARMS[arm].text} |" in written for arm in ARMS)
     assert "40 sentences, 20 steps, 2 seeds" in written
     assert (tmp_path / "text.png").stat().st_size > 10_000
     result = json.loads((tmp_path / "text.json").read_text())
-    assert len(result["cells"]) == 2 * len(few)
+    assert len(result["cells"]) == 2 * len(ARMS)
     assert set(result["cells"][0]["test"]) == {"movies", *SHIFTED}
     monkeypatch.setattr(text, "train", lambda *_, **__: pytest.fail("trained again"))
     text.main([*arguments, "--cells", str(tmp_path / "other")])
