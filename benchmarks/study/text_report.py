@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 from measuring import as_markdown
 from pairing import Cell, Interval, Measure, Table, against, comparison, complete, forest, interval, of, shown
 from studying import write_json
-from text_arms import ARMS, MARKS, SHIFTED
+from text_arms import ARMS, BLOCKS, MARKS, SHIFTED, schedule_of
+
+from unfreeze_sched.history import Span, draw_rows
 
 REFERENCES = ("frozen", "full_low")
 WINDOW = 5  # steps before and after a transition
@@ -63,13 +65,18 @@ class Found(NamedTuple):
 
     table: Table
     timed: Table
-    """Those whose processor time was measured."""
+    """Those of the smallest size whose processor time was measured: the arms go by shares of the steps in every size."""
+
+    @property
+    def steps(self) -> int:
+        """Of a run."""
+        return len(self.table["frozen"][0]["losses"])
 
     def spent(self, arm: str) -> dict[str, float]:
-        """Processor time by mark; the median over the seeds."""
-        return {
-            step: median(cell["seconds"][step] for cell in self.timed[arm]) for step in self.timed[arm][0]["seconds"]
-        }
+        """Processor seconds by mark, at as much a step as in the smallest size; the median over its seeds."""
+        scale = self.steps / len(self.timed["frozen"][0]["losses"])
+        by_mark = zip(*(cell["seconds"].values() for cell in self.timed[arm]), strict=True)
+        return dict(zip(self.table[arm][0]["validation"], (scale * median(some) for some in by_mark), strict=True))
 
     def share(self, arm: str) -> float:
         """CPU time in percent of full fine-tuning's at the low rate; the median of the seeds' ratios."""
@@ -79,12 +86,19 @@ class Found(NamedTuple):
 
 def tables_of(result: dict[str, Any]) -> dict[int, Found]:
     """By size, where a seed is complete."""
-    found = {}
-    for size in map(int, result["sizes"]):
-        cells = [cell for cell in result["cells"] if cell["run"]["size"] == size]
-        kinds = [cell for cell in cells if cell["test"]], [cell for cell in cells if cell["seconds"]]
-        found[size] = Found(*(complete(some, ARMS) for some in kinds))
-    return {size: one for size, one in found.items() if one.table and one.timed}
+    timed = complete(
+        [cell for cell in result["cells"] if cell["seconds"] and cell["run"]["size"] == smallest(result)], ARMS
+    )
+    tested = [cell for cell in result["cells"] if cell["test"]]
+    found = {
+        size: Found(complete([cell for cell in tested if cell["run"]["size"] == size], ARMS), timed)
+        for size in map(int, result["sizes"])
+    }
+    return {size: one for size, one in found.items() if one.table and timed}
+
+
+def smallest(result: dict[str, Any]) -> int:
+    return min(map(int, result["sizes"]))
 
 
 def labelled(arm: str) -> str:
@@ -179,6 +193,33 @@ HEADLINES = (
 )
 
 
+PAIRS = {
+    ("early", "late"): "early against late",
+    ("head_20", "early"): "all at once against one by one",
+    ("head_20", "head_10"): "at 20 % against at 10 %",
+    ("early_warmup", "early"): "a warm-up of the joining groups",
+    ("early_decay", "early"): "layer decay, at the rates chosen with it and without",
+    ("full_decay", "full_low"): "likewise, of full fine-tuning",
+    ("half", "full_low"): "the upper half alone",
+    ("full_low", "full"): "a low rate of the encoder against one rate",
+    ("guide", "late"): "a re-created AdamW with a dead LR scheduler, at the rate chosen for it",
+}
+SHOWN = ("frozen", "early", "head_20", "full_low")  # in the picture of one size
+SHOWN_SIZE = 1280
+
+
+def pair_table(found: dict[int, Found]) -> str:
+    """Differences that a reader's choice asks for, on the snippets and on the shifted sets."""
+    rows = []
+    for (arm, other), text in PAIRS.items():
+        row: dict[str, object] = {"what": f"{text}: {arm} - {other}"}
+        for size, each in found.items():
+            one, shifted = (comparison(each.table, arm, other, measure) for measure in (movies, shift))
+            row[titled(size, each.table)] = f"{one.signed}, shifted {shifted.signed}"
+        rows.append(row)
+    return as_markdown(rows)
+
+
 def verdict(one: Interval, sign: int) -> str:
     """Whether the interval excludes 0 on the claimed side; of a match, whether it excludes a loss of `MARGIN`."""
     if one.half == math.inf:
@@ -242,8 +283,8 @@ Movie snippets, the test part, and the mean of the three shifted test sets; then
 
 {accuracy_table(table, {name: part(name) for name in SHIFTED})}
 
-CPU time of the training on one thread (medians over {len(found.timed["frozen"])} seeds), and what it took to reach the frozen arm's last
-validation accuracy of the same seed, looked at after {", ".join(f"{100 * mark:.0f}" for mark in MARKS)} % of the steps.
+CPU time of the training on one thread, measured with the smallest size (medians over {len(found.timed["frozen"])} seeds) and taken to be as
+much a step here; and what it took to reach the frozen arm's last validation accuracy of the same seed, looked at after {", ".join(f"{100 * mark:.0f}" for mark in MARKS)} % of the steps.
 
 {cost_table(found)}
 
@@ -290,6 +331,34 @@ def draw(found: dict[int, Found], path: Path) -> None:
     plt.close(figure)
 
 
+def draw_run(found: Found, path: Path) -> None:
+    """What trains when in `early`, and what it gives beside the frozen encoder and full fine-tuning."""
+    import matplotlib as mpl  # noqa: PLC0415  # slow to import, and not needed without a table
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt  # noqa: PLC0415  # after the backend is chosen
+
+    steps = found.steps
+    joined = dict(schedule_of(ARMS["early"], BLOCKS, steps).transitions())
+    first = {place: next(step for step, number in joined.items() if number >= place) for place in range(1, BLOCKS + 1)}
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.2), layout="constrained")
+    rows: list[tuple[str, list[Span]]] = [("head", [(0, steps, None)])]
+    rows += [(f"layer {BLOCKS - place}", [(step, steps, None)]) for place, step in first.items()]
+    draw_rows(figure, left, rows, (0, steps), first.values())
+    left.set(xlabel="step", title="what trains (grey: frozen)")
+    for arm in SHOWN:
+        cells = found.table[arm]
+        curve = {int(step): 100 * mean(c["validation"][step] for c in cells) for step in cells[0]["validation"]}
+        test, shifted = (mean(of(found.table, arm, measure)) for measure in (movies, shift))
+        style = "--" if arm in REFERENCES else "-"
+        label = f"{ARMS[arm].text}: test {test:.1f}, shifted {shifted:.1f}"
+        right.plot(curve.keys(), curve.values(), style, marker=".", label=label)
+    right.set(xlabel="step", title=f"validation accuracy, %, mean of {len(found.table['frozen'])} seeds")
+    right.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def write(result: dict[str, Any], output: Path) -> None:
     """Write `text.json`; `.md` and `.png` where at least one seed is complete."""
     write_json(result, output / "text.json")
@@ -298,6 +367,7 @@ def write(result: dict[str, Any], output: Path) -> None:
         print("no seed is complete yet")
         return
     draw(found, output / "text.png")
+    draw_run(found.get(SHOWN_SIZE, next(iter(found.values()))), output / "text_run.png")
     text = TEXT.format(
         state=", ".join(f"{size:,} sentences {len(each.table['frozen'])}" for size, each in found.items()),
         machines="; ".join(sorted({cell["on"] for cell in result["cells"]})),
@@ -307,6 +377,7 @@ def write(result: dict[str, Any], output: Path) -> None:
         choices=choices_text(result["choices"]),
         headlines=headline_table(found),
         candidates=candidates(found),
+        pairs=pair_table(found),
         margin=MARGIN,
         sections="\n".join(section(size, each) for size, each in found.items()),
         **result["setting"],
@@ -340,6 +411,10 @@ every size, *better* excludes a loss on the snippets, and *as good* one of {marg
 neither may be significantly worse.
 
 {candidates}
+
+## Between arms
+
+{pairs}
 
 ![plots](text.png)
 

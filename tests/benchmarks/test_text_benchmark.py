@@ -199,16 +199,22 @@ def test_a_cut_off_table_is_balanced() -> None:
 
 
 def test_processor_time_is_of_runs_on_the_cpu(folder: Path) -> None:
-    """A run on another device has none; its time is that of the same arm and size there, by mark."""
+    """A run on another device has none; its time is that of the same arm there with the smallest size, by step."""
     cell = trained(folder, "frozen")
     assert cell["seconds"].keys() == cell["validation"].keys()
-    elsewhere = [cell | {"run": {"arm": arm, "size": 40, "seed": 0}, "seconds": {}} for arm in ARMS]
-    assert text_report.tables_of({"sizes": {"40": 2}, "cells": elsewhere}) == {}
-    here = [one | {"seconds": {"9": 3.0}, "test": {}} for one in elsewhere]
-    found = text_report.tables_of({"sizes": {"40": 2}, "cells": [*elsewhere, *here]})[40]
-    assert found.spent("early") == {"9": 3.0}
-    assert found.table["early"][0]["seconds"] == {}
-    assert found.share("early") == 100
+    elsewhere = [
+        cell | {"run": {"arm": arm, "size": size, "seed": 0}, "seconds": {}, "losses": [1.0] * (size // 4)}
+        for arm in ARMS
+        for size in (40, 80)
+    ]
+    sizes = {"40": 2, "80": 2}
+    assert text_report.tables_of({"sizes": sizes, "cells": elsewhere}) == {}
+    seconds = {mark: 3.0 * place for place, mark in enumerate(cell["validation"], start=1)}
+    here = [one | {"seconds": seconds, "test": {}} for one in elsewhere if one["run"]["size"] == 40]
+    found = text_report.tables_of({"sizes": sizes, "cells": [*elsewhere, *here]})
+    assert list(found[40].spent("early").values()) == list(seconds.values())
+    assert list(found[80].spent("early").values()) == [2 * one for one in seconds.values()]
+    assert found[80].share("early") == 100
 
 
 def test_rates_are_chosen_on_the_validation_part_of_their_own_seeds(tmp_path: Path) -> None:
