@@ -220,6 +220,17 @@ def pair_table(found: dict[int, Found]) -> str:
     return as_markdown(rows)
 
 
+def short_table(found: dict[int, Found]) -> str:
+    """Mean accuracy on the test part, and on the shifted sets, and the CPU time, of a few arms."""
+    rows = []
+    for size, each in found.items():
+        means = {arm: [mean(of(each.table, arm, measure)) for measure in (movies, shift)] for arm in SHOWN}
+        shown = {ARMS[arm].text: "{:.1f} / {:.1f}".format(*means[arm]) for arm in SHOWN}
+        rows.append({"training sentences": f"{size:,}", **shown})
+    shares = {ARMS[arm].text: f"{next(iter(found.values())).share(arm):.0f} %" for arm in SHOWN}
+    return as_markdown([*rows, {"training sentences": "CPU time", **shares}])
+
+
 def verdict(one: Interval, sign: int) -> str:
     """Whether the interval excludes 0 on the claimed side; of a match, whether it excludes a loss of `MARGIN`."""
     if one.half == math.inf:
@@ -378,6 +389,7 @@ def write(result: dict[str, Any], output: Path) -> None:
         headlines=headline_table(found),
         candidates=candidates(found),
         pairs=pair_table(found),
+        short=short_table(found),
         margin=MARGIN,
         sections="\n".join(section(size, each) for size, each in found.items()),
         **result["setting"],
@@ -394,6 +406,10 @@ included). Written by the script; losing results stand as they are.
 Complete seeds: {state}.
 
 {versions}; trained on {machines}; library at {commits}.
+
+Accuracy in percent on the movie snippets' test part / mean of the shifted sets, and processor time of the training:
+
+{short}
 
 ## What others report, and what shows here
 
