@@ -295,7 +295,7 @@ Movie snippets, the test part, and the mean of the three shifted test sets; then
 {accuracy_table(table, {name: part(name) for name in SHIFTED})}
 
 CPU time of the training on one thread, measured with the smallest size (medians over {len(found.timed["frozen"])} seeds) and taken to be as
-much a step here; and what it took to reach the frozen arm's last validation accuracy of the same seed, looked at after {", ".join(f"{100 * mark:.0f}" for mark in MARKS)} % of the steps.
+much a step here (`full` does the work of `full_low`: what they differ by is the machine's noise); and what it took to reach the frozen arm's last validation accuracy of the same seed, looked at after {", ".join(f"{100 * mark:.0f}" for mark in MARKS)} % of the steps.
 
 {cost_table(found)}
 
