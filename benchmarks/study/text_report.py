@@ -342,7 +342,7 @@ def draw(found: dict[int, Found], path: Path) -> None:
     plt.close(figure)
 
 
-def draw_run(found: Found, path: Path) -> None:
+def draw_run(found: Found, choices: dict[str, Any], path: Path) -> None:
     """What trains when in `early`, and what it gives beside the frozen encoder and full fine-tuning."""
     import matplotlib as mpl  # noqa: PLC0415  # slow to import, and not needed without a table
 
@@ -353,10 +353,10 @@ def draw_run(found: Found, path: Path) -> None:
     joined = dict(schedule_of(ARMS["early"], BLOCKS, steps).transitions())
     first = {place: next(step for step, number in joined.items() if number >= place) for place in range(1, BLOCKS + 1)}
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.2), layout="constrained")
-    rows: list[tuple[str, list[Span]]] = [("head", [(0, steps, None)])]
-    rows += [(f"layer {BLOCKS - place}", [(step, steps, None)]) for place, step in first.items()]
+    rows: list[tuple[str, list[Span]]] = [("head", [(0, steps, choices["head"])])]
+    rows += [(f"layer {BLOCKS - place}", [(step, steps, choices["early"])]) for place, step in first.items()]
     draw_rows(figure, left, rows, (0, steps), first.values())
-    left.set(xlabel="step", title="what trains (grey: frozen)")
+    left.set(xlabel="step", title=f"{ARMS['early'].text}: what trains (grey: frozen)")
     for arm in SHOWN:
         cells = found.table[arm]
         curve = {int(step): 100 * mean(c["validation"][step] for c in cells) for step in cells[0]["validation"]}
@@ -378,7 +378,7 @@ def write(result: dict[str, Any], output: Path) -> None:
         print("no seed is complete yet")
         return
     draw(found, output / "text.png")
-    draw_run(found.get(SHOWN_SIZE, next(iter(found.values()))), output / "text_run.png")
+    draw_run(found.get(SHOWN_SIZE, next(iter(found.values()))), result["choices"], output / "text_run.png")
     text = TEXT.format(
         state=", ".join(f"{size:,} sentences {len(each.table['frozen'])}" for size, each in found.items()),
         machines="; ".join(sorted({cell["on"] for cell in result["cells"]})),
