@@ -20,7 +20,7 @@ class _Preset(FrozenModel):
     """What each preset states is `changes`."""
 
     def changes(self, total_blocks: int, total_epochs: int) -> Iterator[tuple[int, int]]:
-        """The 0-based epochs, ascending, at which the number of unfrozen blocks may change, and the number from then on.
+        """Each 0-based epoch at which the number may change, ascending, and how many blocks are unfrozen from then on.
 
         Of several changes at one epoch the last counts; some may lie past the end of the run.
         """
