@@ -16,27 +16,7 @@ _SCALE = "0.1 gives a joining block a tenth of the head's learning rate"
 _SHARE = "it is a share of total_epochs, such as 0.2"
 
 
-class _Preset(FrozenModel):
-    """What each preset states is `changes`."""
-
-    def changes(self, total_blocks: int, total_epochs: int) -> Iterator[tuple[int, int]]:
-        """Each 0-based epoch at which the number may change, ascending, and how many blocks are unfrozen from then on.
-
-        Of several changes at one epoch the last counts; some may lie past the end of the run.
-        """
-        raise NotImplementedError
-
-    def blocks_at(self, epoch: int, total_blocks: int, total_epochs: int) -> int:
-        """The number of unfrozen blocks at a 0-based epoch."""
-        number = 0
-        for start, changed in self.changes(total_blocks, total_epochs):
-            if start > epoch:
-                break
-            number = changed
-        return number
-
-
-class RatePreset(_Preset):
+class RatePreset(FrozenModel):
     """One more block every `unfreeze_rate` epochs, from `unfreeze_start_epoch` on.
 
         n(e) = 0                                              for e < start
@@ -52,8 +32,8 @@ class RatePreset(_Preset):
 
     Example:
         >>> preset = RatePreset(unfreeze_start_epoch=2, unfreeze_rate=3)
-        >>> [preset.blocks_at(epoch, total_blocks=3, total_epochs=10) for epoch in range(10)]
-        [0, 0, 1, 1, 1, 2, 2, 2, 3, 3]
+        >>> dict(preset.changes(total_blocks=3, total_epochs=10))
+        {2: 1, 5: 2, 8: 3}
     """
 
     kind: Literal["rate"] = "rate"
@@ -66,7 +46,7 @@ class RatePreset(_Preset):
     _scale = checked("learning_rate_scale", as_ratio, fix=_SCALE)
 
     def changes(self, total_blocks: int, total_epochs: int) -> Iterator[tuple[int, int]]:
-        """One block more at each of these epochs."""
+        """The 0-based epochs at which the number changes, past the end of the run too, and the number from then on."""
         del total_epochs
         return zip(count(self.unfreeze_start_epoch, self.unfreeze_rate), range(1, total_blocks + 1), strict=False)
 
@@ -110,7 +90,7 @@ def _as_milestones(value: Any, name: str) -> Any:
     return Milestones(items)
 
 
-class MilestonePreset(_Preset):
+class MilestonePreset(FrozenModel):
     """The number of unfrozen blocks, stated by epoch; where it goes down, blocks are frozen again.
 
         n(e) = the number at the last milestone that is <= e, 0 before the first
@@ -123,8 +103,8 @@ class MilestonePreset(_Preset):
         pydantic.ValidationError: A ValueError that names the field, the value and one fix.
 
     Example:
-        >>> preset = MilestonePreset(milestones={1: 1, 3: 4})
-        >>> [preset.blocks_at(epoch, total_blocks=7, total_epochs=5) for epoch in range(5)]
+        >>> from unfreeze_sched import UnfreezeSchedule
+        >>> list(UnfreezeSchedule(preset=MilestonePreset(milestones={1: 1, 3: 4}), total_blocks=7, total_epochs=5))
         [0, 1, 1, 4, 4]
     """
 
@@ -143,12 +123,12 @@ class MilestonePreset(_Preset):
         return dict(milestones)
 
     def changes(self, total_blocks: int, total_epochs: int) -> Iterator[tuple[int, int]]:
-        """The milestones."""
+        """As of a RatePreset."""
         del total_blocks, total_epochs
         return iter(self.milestones.items())
 
 
-class FractionPreset(_Preset):
+class FractionPreset(FrozenModel):
     """Blocks spread evenly over a part of the run, T = total_epochs.
 
         n(e) = 0                                                                        for e < start * T
@@ -166,9 +146,8 @@ class FractionPreset(_Preset):
         pydantic.ValidationError: A ValueError that names the field, the value and one fix.
 
     Example:
-        >>> preset = FractionPreset(start=0.2, end=0.8)
-        >>> [preset.blocks_at(epoch, total_blocks=3, total_epochs=10) for epoch in range(10)]
-        [0, 0, 1, 1, 2, 2, 3, 3, 3, 3]
+        >>> dict(FractionPreset(start=0.2, end=0.8).changes(total_blocks=3, total_epochs=10))
+        {2: 1, 4: 2, 6: 3}
     """
 
     kind: Literal["fraction"] = "fraction"
@@ -187,7 +166,7 @@ class FractionPreset(_Preset):
         return self
 
     def changes(self, total_blocks: int, total_epochs: int) -> Iterator[tuple[int, int]]:
-        """The first epochs at which the run is far enough for so many blocks."""
+        """As of a RatePreset; of several at one epoch the last counts."""
         start, end = (Fraction(repr(share)) * total_epochs for share in (self.start, self.end))
         # In whole numbers of such parts of an epoch, since fractions of many blocks take their time.
         parts = start.denominator * end.denominator * total_blocks
