@@ -24,9 +24,6 @@ _REPR = reprlib.Repr()  # what is shown of a value, which may be anything
 _REPR.maxstring = _REPR.maxother = 200
 
 
-# --- values
-
-
 def as_count(value: Any, name: str, *, minimum: int, fix: str) -> int:
     """An integer of at least `minimum`: anything with `__index__` is one, save a bool."""
     text = f"`{name}` must be an integer of at least {minimum}, got {short(value)}; {fix}"
@@ -71,9 +68,6 @@ def one_of(value: Any, name: str, allowed: Sequence[str]) -> Any:
     return value
 
 
-# --- words
-
-
 def warn(text: str) -> None:
     """Warn at the line of the user's code that led here, past this package and torch, which calls its hooks."""
     level, frame = 1, sys._getframe()  # noqa: SLF001  # `skip_file_prefixes` comes with Python 3.12
@@ -98,12 +92,7 @@ def plain(line: str) -> str:
 
 
 def listed(items: Sequence[str], most: int = 1, separator: str = ", ") -> str:
-    """The first items, and how many more there are.
-
-    Example:
-        >>> listed(["stem.weight", "stem.bias", "body.weight"])
-        'stem.weight and 2 more'
-    """
+    """The first items, and how many more there are, as in 'stem.weight and 2 more'."""
     more = f" and {len(items) - most} more" if len(items) > most else ""
     return separator.join(items[:most]) + more
 
@@ -152,19 +141,15 @@ def columns(header: Sequence[str], rows: Iterable[Sequence[str]], right: Collect
         lines += zip_longest(*(cell.split("\n") for cell in row), fillvalue="")
     table = []
     for name, *cells in zip(*lines, strict=True):
-        width = max(map(len, (name, *cells)))
-        flush = str.rjust if name in right else str.ljust
+        width, flush = max(map(len, (name, *cells))), str.rjust if name in right else str.ljust
         table.append([flush(cell, width) for cell in (name, "-" * width, *cells)])
     return "\n".join((" " * gap).join(line).rstrip() for line in zip(*table, strict=True))
 
 
-# --- pydantic
-
-
 def checked(field: str, check: Callable[..., Any], mode: Literal["before", "plain"] = "before", **keywords: Any) -> Any:
-    """The validator of a field by one of the checks above, as a class attribute of a model.
+    """The validator of a model's field by one of the checks above.
 
-    The annotation stays plain, `int` or `float`, which help, signatures and configuration tools read.
+    The annotation stays a plain `int` or `float`, which help, signatures and configuration tools read.
     """
 
     def validated(value: Any) -> Any:
