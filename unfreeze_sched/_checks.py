@@ -50,9 +50,8 @@ def as_ratio(value: Any, name: str, *, fix: str, zero: bool = False) -> float:
 
 def as_float(value: Any, name: str, *, fix: str) -> float:
     """A real number: Python's, NumPy's, or the one element of a tensor or an array."""
-    with suppress(
-        TypeError, ValueError, RuntimeError, OverflowError
-    ):  # torch's, for several elements, is a RuntimeError
+    # Of several elements, NumPy's is a ValueError and torch's a RuntimeError.
+    with suppress(TypeError, ValueError, RuntimeError, OverflowError):
         number = value.item() if hasattr(value, "item") else value
         if hasattr(number, "__float__") and not isinstance(number, bool):  # a string has none, though float() reads it
             return float(number)

@@ -23,7 +23,7 @@ log = logging.getLogger("unfreeze_sched")
 class Cap(Protocol):
     """An upper bound on the number of unfrozen blocks: an unfreezer takes the least of its schedule and its caps.
 
-    A TypeError or ValueError refuses an argument by name, and changes nothing.
+    What is refused, by a TypeError or ValueError, changes nothing.
     """
 
     @property
@@ -72,6 +72,7 @@ class _State(BaseModel):
     last: float | None = None  # the last check; None: none yet, or no finite one
     best: float | None = None  # since the last transition, the check just before it included
     count: NonNegativeInt = 0  # consecutive checks that count towards `patience`
+    cap: NonNegativeInt | None = None
 
     @model_validator(mode="after")
     def _number_within_total(self) -> Self:
@@ -93,6 +94,10 @@ class _Follower(Cap):
         self.min_delta = as_float(min_delta, "min_delta", fix="0.0 counts any difference")
         if not 0 <= self.min_delta < math.inf:
             raise ValueError(f"`min_delta` must be finite and at least 0, got {min_delta!r}; 0.0 counts any difference")
+
+    @property
+    def cap(self) -> int | None:
+        return self._state.cap
 
     def follow(self, number: int, total: int) -> None:
         number = as_count(number, "number", minimum=0, fix="it is the number of unfrozen blocks")
@@ -134,19 +139,16 @@ class _Follower(Cap):
         return state
 
     def _gain(self, check: float | None, best: float | None) -> float:
-        """By how much a check is better than the best; None is infinitely worse than anything, even than None."""
-        if check is None:
-            return -math.inf
-        if best is None:
-            return math.inf
-        return best - check if self.mode == "min" else check - best
+        """By how much a check is better than the best; where both are None, the worst that there is, NaN."""
+        sign = 1 if self.mode == "min" else -1
+        loss, least = (math.inf if value is None else sign * value for value in (check, best))
+        return least - loss
 
     def _rule(self) -> str:
         return f"mode={self.mode!r}, min_delta={self.min_delta:g}"
 
 
 class _GuardState(_State):
-    cap: NonNegativeInt | None = None
     reason: str = ""
     kept: float | None = None  # the check that the kept weights belong to
 
@@ -182,8 +184,7 @@ class OverfitGuard(_Follower):
         model: Its best weights are restored; anything with `state_dict` and `load_state_dict`. None restores nothing.
 
     Raises:
-        TypeError: An argument of the wrong type.
-        ValueError: An argument out of range.
+        TypeError, ValueError: An argument of the wrong type, or out of range.
 
     Example:
         >>> guard = OverfitGuard(patience=2)
@@ -210,11 +211,6 @@ class OverfitGuard(_Follower):
         self._state = _GuardState(mode=mode)
 
     @property
-    def cap(self) -> int | None:
-        """The number of blocks at which it tripped; None before."""
-        return self._state.cap
-
-    @property
     def reason(self) -> str:
         """Why it holds, with the figures; empty before it tripped."""
         return self._state.reason
@@ -229,7 +225,7 @@ class OverfitGuard(_Follower):
         if not state.number:
             return
         gain = self._gain(check, state.best)
-        state.count = state.count + 1 if -gain > self.min_delta else 0
+        state.count = 0 if gain >= -self.min_delta else state.count + 1
         if gain > 0:
             state.best = check
         if state.count >= self.patience:
@@ -263,16 +259,11 @@ class OverfitGuard(_Follower):
         """Go on from a saved state of a guard with `model`, if this has one, or else without."""
         weights = None
         if isinstance(state_dict, Mapping):
-            if self._model is None and "weights" in state_dict:
-                raise ValueError(
-                    "`state_dict` must be without weights, got those of a guard with a model; "
-                    "pass model= to this one too"
-                )
-            if self._model is not None and "weights" not in state_dict:
-                raise ValueError(
-                    "`state_dict` must have the kept weights, got one of a guard without a model; "
-                    "leave model= out here too"
-                )
+            if (self._model is None) is ("weights" in state_dict):
+                wrong = "have the kept weights, got one of a guard without a model; leave model= out here too"
+                if self._model is None:
+                    wrong = "be without weights, got those of a guard with a model; pass model= to this one too"
+                raise ValueError(f"`state_dict` must {wrong}")
             state_dict = dict(state_dict)
             weights = state_dict.pop("weights", None)
         state = self._validated(state_dict)
@@ -310,8 +301,7 @@ class PlateauTrigger(_Follower):
         start: Blocks allowed before any plateau, counted from the deep end, at least 0.
 
     Raises:
-        TypeError: An argument of the wrong type.
-        ValueError: An argument out of range.
+        TypeError, ValueError: An argument of the wrong type, or out of range.
 
     Example:
         >>> trigger = PlateauTrigger(patience=2)
@@ -330,11 +320,6 @@ class PlateauTrigger(_Follower):
         super().__init__(patience, mode, min_delta)
         self.start = as_count(start, "start", minimum=0, fix="it is a number of blocks, such as 0")
         self._state = _TriggerState(mode=mode, cap=self.start)
-
-    @property
-    def cap(self) -> int:
-        """The number of blocks allowed so far."""
-        return self._state.cap
 
     @property
     def reason(self) -> str:

@@ -198,8 +198,7 @@ def preset_for(n_images: int) -> RatePreset:
         n_images: Number of training images, at least 1.
 
     Raises:
-        TypeError: `n_images` is no integer.
-        ValueError: `n_images` is below 1.
+        TypeError, ValueError: `n_images` is no integer, or below 1.
 
     Example:
         >>> preset_for(1_000) is MEDIUM

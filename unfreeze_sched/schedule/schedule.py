@@ -11,7 +11,7 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from unfreeze_sched._checks import FrozenModel, as_count, checked, short
-from unfreeze_sched.schedule.presets import MilestonePreset, Preset, RatePreset
+from unfreeze_sched.schedule.presets import Preset
 
 _KINDS = ("rate", "milestones", "fraction")
 
@@ -60,22 +60,18 @@ class UnfreezeSchedule(FrozenModel):
 
     @model_validator(mode="after")
     def _refuse_what_does_not_fit(self) -> Self:
-        preset = self.preset
-        if isinstance(preset, MilestonePreset):
-            for epoch, number in preset.milestones.items():
-                if number > self.total_blocks:
-                    raise ValueError(
-                        f"`milestones[{epoch}]` must be at most `total_blocks`, {self.total_blocks}, got {number}; "
-                        "lower it or drop the milestone"
-                    )
-            field, start = "milestones", next(iter(preset.milestones))
-        elif isinstance(preset, RatePreset):
-            field, start = "unfreeze_start_epoch", preset.unfreeze_start_epoch
-        else:
-            return self  # a share lies within the run; where it rounds up to its end, the formula stands
-        if start >= self.total_epochs:
+        changes = dict(self.preset.changes(self.total_blocks, self.total_epochs))
+        for epoch, number in changes.items():
+            if number > self.total_blocks:
+                raise ValueError(
+                    f"`milestones[{epoch}]` must be at most `total_blocks`, {self.total_blocks}, got {number}; "
+                    "lower it or drop the milestone"
+                )
+        # A share lies within the run; where it rounds up to its end, the formula stands.
+        field = {"rate": "unfreeze_start_epoch", "milestones": "milestones"}.get(self.preset.kind)
+        if field and min(changes) >= self.total_epochs:
             raise ValueError(
-                f"`{field}` must start before `total_epochs`, {self.total_epochs}, got {start}; "
+                f"`{field}` must start before `total_epochs`, {self.total_epochs}, got {min(changes)}; "
                 "no block would ever be unfrozen: start earlier or train longer"
             )
         return self
@@ -106,8 +102,7 @@ class UnfreezeSchedule(FrozenModel):
             epoch: 0-based; any from 0 on, past the end the last number stays.
 
         Raises:
-            TypeError: `epoch` is no integer.
-            ValueError: `epoch` is negative.
+            TypeError, ValueError: `epoch` is no integer, or negative.
         """
         return self.progress_at(epoch)[0]
 
