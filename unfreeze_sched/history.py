@@ -110,15 +110,13 @@ class History(Sequence[Transition]):
         """Note a transition, which has to be of the same blocks as those before; the unfreezer calls this.
 
         Raises:
-            TypeError: It is no Transition.
-            ValueError: It is of other blocks.
+            TypeError, ValueError: It is no Transition, or of other blocks.
         """
         if not isinstance(transition, Transition):
             raise TypeError(f"`transition` must be a Transition, got {short(transition)}; make one")
-        total = self[0].total if self else transition.total
-        if transition.total != total:
+        if self and transition.total != self[0].total:
             raise ValueError(
-                f"`{given}` must be of {total} blocks throughout, got {transition.total} at epoch "
+                f"`{given}` must be of {self[0].total} blocks throughout, got {transition.total} at epoch "
                 f"{transition.epoch}; a history is of one model"
             )
         for known, name in zip(self._names(), transition.learning_rates, strict=False):
@@ -287,8 +285,7 @@ def _span(names: Sequence[str]) -> str:
 
 
 def _range(rates: Sequence[float]) -> str:
-    shown = [f"{rate:.1e}" for rate in (max(rates), min(rates))] if rates else [""]
-    return " to ".join(dict.fromkeys(shown))
+    return " to ".join(dict.fromkeys(f"{extreme(rates):.1e}" for extreme in (max, min) if rates))
 
 
 # From one epoch up to another, not inclusive, at a learning rate; None where the optimizer has none.
@@ -300,12 +297,8 @@ def draw_rows(
 ) -> None:
     """Draw what trains when into axes of matplotlib, with a colour bar where there are learning rates.
 
-    Args:
-        figure: Of the axes.
-        axes: To draw into.
-        rows: Names and what is coloured of them, from top to bottom; the rest is frozen.
-        limits: Epochs at which the picture begins and ends.
-        edges: Epochs at which something changes.
+    `rows` are names and what is coloured of them, from top to bottom, the rest being frozen; `limits` the epochs at
+    which the picture begins and ends; `edges` those at which something changes.
     """
     import matplotlib as mpl  # noqa: PLC0415  # optional
     from matplotlib.cm import ScalarMappable  # noqa: PLC0415  # likewise
@@ -327,11 +320,10 @@ def draw_rows(
         )
     for epoch in edges:
         axes.axvline(epoch, color="white", linewidth=0.8)
-    shown = range(0, len(rows), ceil(len(rows) / 60))  # more names cannot be read beside each other
-    names = [rows[place][0] for place in shown]
     # The end of a long name tells it from the others.
-    names = [name if len(name) <= _LONGEST else f"...{name[3 - _LONGEST :]}" for name in names]
-    axes.set_yticks(shown, names, parse_math=False)
+    names = [name if len(name) <= _LONGEST else f"...{name[3 - _LONGEST :]}" for name, _ in rows]
+    step = ceil(len(rows) / 60)  # more names cannot be read beside each other
+    axes.set_yticks(range(0, len(rows), step), names[::step], parse_math=False)
     axes.set(xlim=limits, ylim=(len(rows) - 0.5, -0.5))
     axes.tick_params(axis="y", length=0)
     axes.spines[:].set_visible(False)

@@ -17,18 +17,16 @@ if TYPE_CHECKING:
 def process_group() -> Any | None:
     """torch.distributed where a process group of several ranks is up, else None; torch is not imported for it."""
     distributed = sys.modules.get("torch.distributed")
-    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
-        return None
-    return distributed if distributed.get_world_size() > 1 else None
+    if distributed and distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        return distributed
+    return None
 
 
 def agreed(value: Any) -> Any:
     """Rank 0's value, on every rank: a decision that differed would unfreeze other blocks on each."""
-    group = process_group()
-    if group is None:
-        return value
     values = [value]
-    group.broadcast_object_list(values, src=0)  # on the device that the backend wants
+    if group := process_group():
+        group.broadcast_object_list(values, src=0)  # on the device that the backend wants
     return values[0]
 
 
@@ -46,19 +44,16 @@ def is_launched_alone() -> bool:
 def rewrap_ddp(ddp: DistributedDataParallel) -> DistributedDataParallel:
     """A new DDP around the same module, with the same arguments and hooks, which reduces what is trainable now.
 
-    A DDP reduces the parameters that were trainable when it was made. Call this on all ranks after each transition.
-    Nothing is sent and no weight or buffer moves; before torch 2.7, whose constructor has no `init_sync`, rank 0 sends
-    all weights, which the ranks agree upon, and with `broadcast_buffers` its buffers, as it does at each forward. A
-    communication hook goes with its state; one whose state counts buckets, such as PowerSGD's, has to be registered by
-    hand instead.
+    Call it on all ranks after each transition. Nothing is sent and no weight or buffer moves; before torch 2.7 rank 0
+    sends its weights, which the ranks agree upon, and with `broadcast_buffers` its buffers, as at each forward. A hook
+    whose state counts buckets, such as PowerSGD's, has to be registered by hand instead.
 
     Args:
         ddp: The wrapped model; leave it unused from now on.
 
     Raises:
         TypeError: It is no DistributedDataParallel.
-        ValueError: It was made with `delay_all_reduce_named_params` or `mixed_precision`, which leave hooks in the
-            module for good.
+        ValueError: It was made with `delay_all_reduce_named_params` or `mixed_precision`, whose hooks stay for good.
 
     Example:
         ```python

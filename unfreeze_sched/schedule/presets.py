@@ -8,7 +8,7 @@ from fractions import Fraction
 from itertools import count
 from typing import Any, Literal, Self
 
-from pydantic import Field, field_serializer, model_validator
+from pydantic import field_serializer, model_validator
 
 from unfreeze_sched._checks import FrozenModel, as_count, as_ratio, checked, short
 
@@ -109,9 +109,7 @@ class MilestonePreset(FrozenModel):
     """
 
     kind: Literal["milestones"] = "milestones"
-    milestones: Mapping[int, int] = Field(
-        json_schema_extra={"type": "object", "additionalProperties": {"type": "integer", "minimum": 0}}
-    )
+    milestones: Mapping[int, int]
     learning_rate_scale: float = 0.1
 
     # Plain, since pydantic's own validation of a Mapping hands back a dict, which changes and has no hash.
