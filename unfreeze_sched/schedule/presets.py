@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
-from itertools import count
 from typing import Any, Literal, Self
 
 from pydantic import field_serializer, model_validator
@@ -46,9 +45,10 @@ class RatePreset(FrozenModel):
     _scale = checked("learning_rate_scale", as_ratio, fix=_SCALE)
 
     def changes(self, total_blocks: int, total_epochs: int) -> Iterator[tuple[int, int]]:
-        """The 0-based epochs at which the number changes, past the end of the run too, and the number from then on."""
-        del total_epochs
-        return zip(count(self.unfreeze_start_epoch, self.unfreeze_rate), range(1, total_blocks + 1), strict=False)
+        """Each 0-based epoch at which the number changes, with the number from then on; some may lie past the end."""
+        start = self.unfreeze_start_epoch
+        epochs = range(start, max(total_epochs, start + 1), self.unfreeze_rate)
+        return zip(epochs, range(1, total_blocks + 1), strict=False)
 
 
 class Milestones(dict[int, int]):
@@ -173,16 +173,11 @@ class FractionPreset(FrozenModel):
             yield -(-(first + number * step) // parts), number + 1  # rounded up
 
 
+# The guide's, for fewer than 1,000, up to 10,000, and more training images.
 SMALL = RatePreset(unfreeze_start_epoch=20, unfreeze_rate=10, learning_rate_scale=0.01)
-"""For fewer than 1,000 training images."""
-
 MEDIUM = RatePreset(unfreeze_start_epoch=10, unfreeze_rate=5, learning_rate_scale=0.1)
-"""For 1,000 to 10,000 training images."""
-
 LARGE = RatePreset(unfreeze_start_epoch=5, unfreeze_rate=3, learning_rate_scale=0.3)
-"""For more than 10,000 training images."""
-
-PRESETS = {"small": SMALL, "medium": MEDIUM, "large": LARGE}  # the guide's, by name
+PRESETS = {"small": SMALL, "medium": MEDIUM, "large": LARGE}
 
 Preset = RatePreset | MilestonePreset | FractionPreset  # told apart by `kind`
 

@@ -60,6 +60,9 @@ class UnfreezeSchedule(FrozenModel):
 
     @model_validator(mode="after")
     def _refuse_what_does_not_fit(self) -> Self:
+        field = {"rate": "unfreeze_start_epoch", "milestones": "milestones"}.get(self.preset.kind)
+        if field is None:
+            return self  # a share lies within the run; where it rounds up to its end, the formula stands
         changes = dict(self.preset.changes(self.total_blocks, self.total_epochs))
         for epoch, number in changes.items():
             if number > self.total_blocks:
@@ -67,9 +70,7 @@ class UnfreezeSchedule(FrozenModel):
                     f"`milestones[{epoch}]` must be at most `total_blocks`, {self.total_blocks}, got {number}; "
                     "lower it or drop the milestone"
                 )
-        # A share lies within the run; where it rounds up to its end, the formula stands.
-        field = {"rate": "unfreeze_start_epoch", "milestones": "milestones"}.get(self.preset.kind)
-        if field and min(changes) >= self.total_epochs:
+        if min(changes) >= self.total_epochs:
             raise ValueError(
                 f"`{field}` must start before `total_epochs`, {self.total_epochs}, got {min(changes)}; "
                 "no block would ever be unfrozen: start earlier or train longer"
