@@ -81,12 +81,7 @@ def short(value: Any) -> str:
 
 
 def plain(line: str) -> str:
-    r"""A line that no terminal obeys: what cannot be printed stands there as its escape.
-
-    Example:
-        >>> plain("road\x1b[2J")
-        'road\\x1b[2J'
-    """
+    r"""A line that no terminal obeys: what cannot be printed stands there as its escape, such as \x1b."""
     return line if line.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
 
 

@@ -87,6 +87,7 @@ class History(Sequence[Transition]):
 
     def __init__(self) -> None:
         self._transitions: list[Transition] = []
+        self._names: list[str] = []  # deepest first, as far as they ever were unfrozen
 
     @overload
     def __getitem__(self, index: int) -> Transition: ...
@@ -114,27 +115,25 @@ class History(Sequence[Transition]):
         """
         if not isinstance(transition, Transition):
             raise TypeError(f"`transition` must be a Transition, got {short(transition)}; make one")
-        if self and transition.total != self[0].total:
+        total = self._transitions[0].total if self._transitions else transition.total
+        if transition.total != total:
             raise ValueError(
-                f"`{given}` must be of {self[0].total} blocks throughout, got {transition.total} at epoch "
+                f"`{given}` must be of {total} blocks throughout, got {transition.total} at epoch "
                 f"{transition.epoch}; a history is of one model"
             )
-        for known, name in zip(self._names(), transition.learning_rates, strict=False):
+        names = [*transition.learning_rates]
+        for known, name in zip(self._names, names, strict=False):
             if known != name:
                 raise ValueError(
                     f"`{given}` must have the same names throughout, deepest first, got {name!r} in the place of "
                     f"{known!r} at epoch {transition.epoch}; a history is of one model"
                 )
+        self._names += names[len(self._names) :]
         self._transitions.append(transition)
 
-    def _names(self) -> list[str]:
-        """The names of the blocks that ever were unfrozen at a learning rate, deepest first."""
-        return [*max((transition.learning_rates for transition in self), key=len, default={})]
-
     def _all_names(self) -> list[str]:
-        """Those of all blocks; what never was unfrozen by its place."""
-        names = self._names()
-        return names + [f"blocks[{index}]" for index in reversed(range(self[0].total - len(names)))]
+        """The names of all blocks, deepest first; of those that never were unfrozen their place."""
+        return self._names + [f"blocks[{index}]" for index in reversed(range(self[0].total - len(self._names)))]
 
     def state_dict(self) -> list[dict[str, Any]]:
         """The transitions, of JSON's types alone."""
@@ -157,7 +156,7 @@ class History(Sequence[Transition]):
                 f"`saved{where}` must be what History.state_dict gave, got {short(first['input'])} ({first['msg']}); "
                 "pass it as it is"
             ) from None
-        self._transitions = loaded._transitions
+        self._transitions, self._names = loaded._transitions, loaded._names
 
     def to_json(self) -> str:
         """`state_dict()` as JSON text."""
