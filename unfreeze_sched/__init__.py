@@ -4,15 +4,9 @@
     for epoch in range(50):
         unfreezer.apply(epoch)  # before the epoch's first step
 
-`apply(epoch)` is three things in a row, each of use by itself, and each may be done twice:
-
-    schedule.blocks_at(epoch)  -> n, the unfrozen blocks counted from the head   pure, no torch
-    blocks and n               -> requires_grad, and the modes of norm layers
-    rebuilder.sync()           -> the optimizer's groups and the LR schedulers   in place, moments kept
-
-A block is a named piece of the encoder, shallow to deep: `encoder_blocks(model)`. An epoch is 0-based, the one about
-to be trained. A preset says when: `MEDIUM`, `preset_for(n_images)`, or one of your own; `unfreeze-sched plan` shows
-what it will do. The public names load on first use, so that a schedule alone never imports torch.
+A schedule says how many of the encoder's blocks are unfrozen at an epoch, counted from the head; blocks switch
+`requires_grad` and norm modes; the rebuilder brings optimizer and LR schedulers along. Each is of use by itself. The
+public names load on first use, so that a schedule alone never imports torch.
 """
 
 from __future__ import annotations

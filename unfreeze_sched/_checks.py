@@ -7,10 +7,11 @@ import operator
 import reprlib
 import sys
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from inspect import isfunction
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
@@ -23,21 +24,9 @@ _REPR = reprlib.Repr()  # what is shown of a value, which may be anything
 _REPR.maxstring = _REPR.maxother = 200
 
 
-# --- values
-
-
 def as_count(value: Any, name: str, *, minimum: int, fix: str) -> int:
-    """An integer of at least `minimum`: anything with `__index__` is one, save a bool.
-
-    Raises:
-        TypeError: `value` is no integer.
-        ValueError: `value` is below `minimum`.
-
-    Example:
-        >>> as_count(3, "epoch", minimum=0, fix="epochs are 0-based")
-        3
-    """
-    text = f"`{name}` must be an integer of at least {minimum}, got {' '.join(reprlib.repr(value).split())}; {fix}"
+    """An integer of at least `minimum`: anything with `__index__` is one, save a bool."""
+    text = f"`{name}` must be an integer of at least {minimum}, got {short(value)}; {fix}"
     try:
         count = operator.index(value)
     except TypeError:
@@ -50,16 +39,7 @@ def as_count(value: Any, name: str, *, minimum: int, fix: str) -> int:
 
 
 def as_ratio(value: Any, name: str, *, fix: str, zero: bool = False) -> float:
-    """A number in (0, 1], or in [0, 1] where `zero` is allowed.
-
-    Raises:
-        TypeError: `value` is no number.
-        ValueError: `value` lies outside, or is NaN.
-
-    Example:
-        >>> as_ratio(1, "learning_rate_scale", fix="1 keeps the rate")
-        1.0
-    """
+    """A number in (0, 1], or in [0, 1] where `zero` is allowed."""
     text = f"`{name}` must be a number in {'[0, 1]' if zero else '(0, 1]'}, got {short(value)}; {fix}"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(text)
@@ -69,44 +49,22 @@ def as_ratio(value: Any, name: str, *, fix: str, zero: bool = False) -> float:
 
 
 def as_float(value: Any, name: str, *, fix: str) -> float:
-    """A real number: Python's, NumPy's, or the one element of a tensor or an array.
-
-    Raises:
-        TypeError: `value` is none of these.
-
-    Example:
-        >>> as_float(2, "metric", fix="pass one number")
-        2.0
-    """
-    try:
+    """A real number: Python's, NumPy's, or the one element of a tensor or an array."""
+    # Of several elements, NumPy's is a ValueError and torch's a RuntimeError.
+    with suppress(TypeError, ValueError, RuntimeError, OverflowError):
         number = value.item() if hasattr(value, "item") else value
-        # A string has no __float__, though float() reads it.
-        result = None if isinstance(number, (bool, complex)) or not hasattr(number, "__float__") else float(number)
-    except (TypeError, ValueError, RuntimeError, OverflowError):  # torch raises RuntimeError for several elements
-        result = None
-    if result is None:
-        raise TypeError(f"`{name}` must be a number, got {' '.join(reprlib.repr(value).split())}; {fix}")
-    return result
+        if hasattr(number, "__float__") and not isinstance(number, bool):  # a string has none, though float() reads it
+            return float(number)
+    raise TypeError(f"`{name}` must be a number, got {short(value)}; {fix}")
 
 
 def one_of(value: Any, name: str, allowed: Sequence[str]) -> Any:
-    """One of some words, the first of which is the default.
-
-    Raises:
-        ValueError: `value` is another.
-
-    Example:
-        >>> one_of("keep", "on_refreeze", ("keep", "drop"))
-        'keep'
-    """
+    """One of some words, the first of which is the default."""
     if value not in allowed:
         raise ValueError(
             f"`{name}` must be one of {', '.join(allowed)}, got {short(value)}; {allowed[0]!r} is the default"
         )
     return value
-
-
-# --- words
 
 
 def warn(text: str) -> None:
@@ -123,22 +81,12 @@ def short(value: Any) -> str:
 
 
 def plain(line: str) -> str:
-    r"""A line that no terminal obeys: what cannot be printed stands there as its escape.
-
-    Example:
-        >>> plain("road\x1b[2J")
-        'road\\x1b[2J'
-    """
+    r"""A line that no terminal obeys: what cannot be printed stands there as its escape, such as \x1b."""
     return line if line.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
 
 
 def listed(items: Sequence[str], most: int = 1, separator: str = ", ") -> str:
-    """The first items, and how many more there are.
-
-    Example:
-        >>> listed(["stem.weight", "stem.bias", "body.weight"])
-        'stem.weight and 2 more'
-    """
+    """The first items, and how many more there are, as in 'stem.weight and 2 more'."""
     more = f" and {len(items) - most} more" if len(items) > most else ""
     return separator.join(items[:most]) + more
 
@@ -154,7 +102,7 @@ def one_line(error: ValidationError) -> str:
 def differences(where: str, saved: Any, own: Any) -> Iterator[str]:
     """Where two JSON-like values differ, in words; order counts, since groups follow it."""
     if isinstance(saved, Mapping) and isinstance(own, Mapping):
-        for key in [*saved, *(key for key in own if key not in saved)]:
+        for key in {**saved, **own}:
             if key not in own or key not in saved:
                 yield f"{where}[{short(key)}] {'saved alone' if key in saved else 'not saved'}"
             else:
@@ -173,13 +121,7 @@ def _equal(saved: Any, own: Any) -> bool:
 
 
 def columns(header: Sequence[str], rows: Iterable[Sequence[str]], right: Collection[str] = (), gap: int = 2) -> str:
-    r"""A table of plain text.
-
-    Args:
-        header: Names of the columns.
-        rows: Their cells; one may have several lines.
-        right: Names of the columns that are flush right, as numbers are.
-        gap: Blanks between columns.
+    r"""A table of plain text, whose cells may have several lines; the columns named in `right` are flush right.
 
     Example:
         >>> print(columns(["block", "lr"], [["layer4\nlayer3", "1e-4"]]))
@@ -188,67 +130,36 @@ def columns(header: Sequence[str], rows: Iterable[Sequence[str]], right: Collect
         layer4  1e-4
         layer3
     """
-    lines = [list(header), ["" for _ in header]]
+    lines = [tuple(header)]
     for row in rows:
-        lines += map(list, zip_longest(*(cell.split("\n") for cell in row), fillvalue=""))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines[1] = ["-" * width for width in widths]
-    return "\n".join(
-        (" " * gap)
-        .join(
-            cell.rjust(width) if name in right else cell.ljust(width)
-            for name, cell, width in zip(header, line, widths, strict=True)
-        )
-        .rstrip()
-        for line in lines
-    )
+        lines += zip_longest(*(cell.split("\n") for cell in row), fillvalue="")
+    table = []
+    for name, *cells in zip(*lines, strict=True):
+        width, flush = max(map(len, (name, *cells))), str.rjust if name in right else str.ljust
+        table.append([flush(cell, width) for cell in (name, "-" * width, *cells)])
+    return "\n".join((" " * gap).join(line).rstrip() for line in zip(*table, strict=True))
 
 
-# --- pydantic
+def checked(field: str, check: Callable[..., Any], mode: Literal["before", "plain"] = "before", **keywords: Any) -> Any:
+    """The validator of a model's field by one of the checks above.
 
-
-def count_field(field: str, *, minimum: int, fix: str) -> Any:
-    """The validator of an integer field of at least `minimum`, as a class attribute of a model.
-
-    The annotation stays plain `int`, which help, signatures and configuration tools read.
+    The annotation stays a plain `int` or `float`, which help, signatures and configuration tools read.
     """
 
-    def check(value: Any) -> int:
+    def validated(value: Any) -> Any:
         try:
-            return as_count(value, field, minimum=minimum, fix=fix)
+            return check(value, field, **keywords)
         except TypeError as error:  # pydantic gathers ValueErrors alone
             raise ValueError(str(error)) from None
 
-    return field_validator(field, mode="before")(check)
-
-
-def ratio_field(field: str, *, fix: str, zero: bool = False) -> Any:
-    """Likewise of a number in (0, 1], or in [0, 1] where `zero` is allowed."""
-
-    def check(value: Any) -> float:
-        try:
-            return as_ratio(value, field, fix=fix, zero=zero)
-        except TypeError as error:  # likewise
-            raise ValueError(str(error)) from None
-
-    return field_validator(field, mode="before")(check)
+    return field_validator(field, mode=mode)(validated)
 
 
 Model = TypeVar("Model", bound=BaseModel)
 
 
 def as_state(kind: type[Model], saved: Any, giver: str) -> Model:
-    """A saved state as the model of its fields.
-
-    Args:
-        kind: The model.
-        saved: What `state_dict` of the giver gave, possibly by way of JSON or `torch.save`.
-        giver: Name of the class whose state it is.
-
-    Raises:
-        TypeError: `saved` is no mapping.
-        ValueError: It is of another kind, or has been tampered with.
-    """
+    """A saved state, possibly by way of JSON or `torch.save`, as the model of its fields; `giver` gave it."""
     fix = "pass a saved state_dict() as it is"
     if not isinstance(saved, Mapping):
         raise TypeError(f"`state_dict` must be a mapping, got {type(saved).__name__}; {fix}")
@@ -273,8 +184,8 @@ class _OwnNames(_ModelType):
     """Lists what a model's own classes define, so that `help` is about them and not 400 lines of pydantic."""
 
     def __dir__(cls) -> list[str]:  # noqa: N805  # a metaclass, which ruff does not see
-        own = [vars(kind) for kind in cls.__mro__ if isinstance(kind, _OwnNames)]
-        return sorted({*_KEPT, *(name for names in own for name, value in names.items() if _is_own(name, value))})
+        own = [vars(kind).items() for kind in cls.__mro__ if isinstance(kind, _OwnNames)]
+        return sorted({*_KEPT, *(name for items in own for name, value in items if _is_own(name, value))})
 
 
 def _is_own(name: str, value: Any) -> bool:
@@ -303,15 +214,9 @@ class FrozenModel(BaseModel, metaclass=_OwnNames):
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
         """As `replace`: pydantic's own would validate nothing, and keep what was computed from the old fields."""
-        return self.replace(**(update or {})) if update else super().model_copy(deep=deep)
+        return self.replace(**update) if update else super().model_copy(deep=deep)
 
     def replace(self, **changes: Any) -> Self:
-        """A copy with some fields changed and all validated.
-
-        Args:
-            **changes: Fields and their new values.
-
-        Raises:
-            pydantic.ValidationError: As the constructor.
-        """
-        return type(self)(**{**{name: getattr(self, name) for name in type(self).model_fields}, **changes})
+        """A copy with some fields changed, validated as by the constructor."""
+        fields = {name: getattr(self, name) for name in type(self).model_fields}
+        return type(self)(**(fields | changes))

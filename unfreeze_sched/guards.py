@@ -7,7 +7,7 @@ import logging
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, Protocol, Self, get_args, runtime_checkable
+from typing import Any, Literal, Protocol, Self, get_args, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, model_validator
 
@@ -21,7 +21,10 @@ log = logging.getLogger("unfreeze_sched")
 
 @runtime_checkable
 class Cap(Protocol):
-    """An upper bound on the number of unfrozen blocks: an unfreezer takes the least of its schedule and its caps."""
+    """An upper bound on the number of unfrozen blocks: an unfreezer takes the least of its schedule and its caps.
+
+    What is refused, by a TypeError or ValueError, changes nothing.
+    """
 
     @property
     def cap(self) -> int | None:
@@ -35,23 +38,25 @@ class Cap(Protocol):
         """Told by the unfreezer at each `apply`: `number` of `total` blocks are unfrozen now; idempotent."""
 
     def step(self, metric: float) -> None:
-        """Called once a check, usually once an epoch, with the metric; on every rank of a parallel run."""
+        """Called once a check, usually once an epoch, with a number, a one-element tensor or a NumPy scalar.
+
+        In a parallel run every rank calls this, and the metric of rank 0 decides on all.
+        """
 
     def state_dict(self) -> dict[str, Any]:
-        """All that changes, for a checkpoint."""
+        """All that changes, for a checkpoint; of the settings `mode`, to be compared."""
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from a saved state; nothing changes when it is refused."""
+        """Go on from a saved state, possibly by way of JSON or `torch.save`, with this object's other settings."""
 
 
 def checked_caps(caps: Sequence[Cap]) -> tuple[Cap, ...]:
     """The caps of an unfreezer, each of them one."""
-    given = caps if isinstance(caps, (list, tuple)) else [caps]
-    strange = [type(cap).__name__ for cap in given if not isinstance(cap, Cap)]
-    if strange or given is not caps:
+    strange = [cap for cap in caps if not isinstance(cap, Cap)] if isinstance(caps, (list, tuple)) else [caps]
+    if strange:
         raise TypeError(
-            "`caps` must be a sequence of guards and triggers, got "
-            f"{(strange or [type(caps).__name__])[0]}; pass caps=[OverfitGuard()]"
+            f"`caps` must be a sequence of guards and triggers, got {type(strange[0]).__name__}; "
+            "pass caps=[OverfitGuard()]"
         )
     return tuple(caps)
 
@@ -67,6 +72,7 @@ class _State(BaseModel):
     last: float | None = None  # the last check; None: none yet, or no finite one
     best: float | None = None  # since the last transition, the check just before it included
     count: NonNegativeInt = 0  # consecutive checks that count towards `patience`
+    cap: NonNegativeInt | None = None
 
     @model_validator(mode="after")
     def _number_within_total(self) -> Self:
@@ -75,10 +81,9 @@ class _State(BaseModel):
         return self
 
 
-class _Follower:
+class _Follower(Cap):
     """What guard and trigger share: the settings, the checks since the last transition, the state."""
 
-    _Kind: ClassVar[type[_State]]
     _state: _State
 
     def __init__(self, patience: int, mode: Mode, min_delta: float) -> None:
@@ -90,17 +95,11 @@ class _Follower:
         if not 0 <= self.min_delta < math.inf:
             raise ValueError(f"`min_delta` must be finite and at least 0, got {min_delta!r}; 0.0 counts any difference")
 
+    @property
+    def cap(self) -> int | None:
+        return self._state.cap
+
     def follow(self, number: int, total: int) -> None:
-        """Take note of the number of blocks now unfrozen; another number than before is a transition.
-
-        Args:
-            number: Blocks now unfrozen, counted from the deep end, from 0 to `total`, both inclusive.
-            total: Blocks of the encoder, at least 1.
-
-        Raises:
-            TypeError: A number is no integer.
-            ValueError: A number is out of range, or `total` is not that of earlier calls.
-        """
         number = as_count(number, "number", minimum=0, fix="it is the number of unfrozen blocks")
         total = as_count(total, "total", minimum=1, fix="count the encoder's blocks")
         if number > total:
@@ -110,71 +109,46 @@ class _Follower:
             raise ValueError(
                 f"`total` must stay {state.total}, got {total}; make a {type(self).__name__} for each unfreezer"
             )
-        if number != state.number:
+        if number != state.number:  # a transition
             state.number, state.total = number, total
             state.best, state.count = state.last, 0
 
     def step(self, metric: float) -> None:
-        """Take a check into account.
-
-        Args:
-            metric: A number, a one-element tensor or a NumPy scalar. In a parallel run every rank calls this, and the
-                metric of rank 0 decides on all.
-
-        Raises:
-            TypeError: `metric` is no number.
-        """
         metric = parallel.agreed(as_float(metric, "metric", fix="pass one number, such as loss.item()"))
-        self._take(self._as_check(metric), metric)
+        wrong_end = math.inf if self.mode == "min" else -math.inf
+        # JSON has no infinities, so the one at the right end is clamped.
+        finite = max(-sys.float_info.max, min(sys.float_info.max, metric))
+        self._take(None if math.isnan(metric) or metric == wrong_end else finite, metric)
 
     def _take(self, check: float | None, metric: float) -> None:
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
-        """All that changes, of JSON's types alone; of the settings `mode`, to be compared."""
         return self._state.model_dump()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from a saved state, with this object's `patience` and `min_delta`.
-
-        Args:
-            state_dict: What `state_dict` gave, possibly by way of JSON or `torch.save`.
-
-        Raises:
-            TypeError: `state_dict` is no mapping.
-            ValueError: It is of another kind or mode, or has been tampered with; nothing has changed.
-        """
         self._state = self._validated(state_dict)
 
     def _validated(self, state_dict: Mapping[str, Any]) -> Any:
         name = type(self).__name__
-        state = as_state(self._Kind, state_dict, name)
+        state = as_state(type(self._state), state_dict, name)
         if state.mode != self.mode:
             raise ValueError(
                 f"`state_dict` must be of mode {self.mode!r}, got {state.mode!r}; make the {name} with that mode"
             )
         return state
 
-    def _as_check(self, metric: float) -> float | None:
-        """None for NaN and for the infinity at the wrong end; JSON has no infinities, so the other one is clamped."""
-        if math.isnan(metric) or metric == (math.inf if self.mode == "min" else -math.inf):
-            return None
-        return max(-sys.float_info.max, min(sys.float_info.max, metric))
-
     def _gain(self, check: float | None, best: float | None) -> float:
-        """By how much a check is better than the best; None is infinitely worse than anything, even than None."""
-        if check is None:
-            return -math.inf
-        if best is None:
-            return math.inf
-        return best - check if self.mode == "min" else check - best
+        """By how much a check is better than the best; where both are None, the worst that there is, NaN."""
+        sign = 1 if self.mode == "min" else -1
+        loss, least = (math.inf if value is None else sign * value for value in (check, best))
+        return least - loss
 
     def _rule(self) -> str:
         return f"mode={self.mode!r}, min_delta={self.min_delta:g}"
 
 
 class _GuardState(_State):
-    cap: NonNegativeInt | None = None
     reason: str = ""
     kept: float | None = None  # the check that the kept weights belong to
 
@@ -187,27 +161,21 @@ class _GuardState(_State):
         return self
 
 
-class _TriggerState(_State):
-    cap: NonNegativeInt
-
-
 class OverfitGuard(_Follower):
     """A brake: unfreezes no further once a validation metric has got worse since the last transition.
 
     The reference is the best check since the last transition, the check just before it included. When `patience`
     consecutive checks are worse by more than `min_delta`, `cap` becomes the number of blocks unfrozen at that moment,
     for good: what is unfrozen trains on, and nothing joins. It says so once, under the logger `unfreeze_sched` at
-    WARNING (rank 0 alone) and in `reason`.
+    WARNING (rank 0 alone) and in `reason`. A check of NaN, or of the infinity at the wrong end, is worse than any.
 
     A transition starts the count afresh, so `patience` has to be at most the checks from one to the next, or it cannot
-    trip before the last of them. While no block is unfrozen it does not trip: nothing trains in the encoder, so there
-    is nothing to hold. A check of NaN, or of the infinity at the wrong end, is worse than any, even than itself.
+    trip before the last of them. While no block is unfrozen it does not trip: there is nothing to hold.
 
-    With `model` the best weights come back when it trips: a copy of `model.state_dict()` is kept on the CPU from the
-    best check of the whole run, so from before the last transition where that was better, and is loaded in place. So
-    pass the model whose metric it is (an average, where that is what is evaluated). The optimizer's state, averages
-    and the LR schedulers go on as they are, and the number of unfrozen blocks stays. Plain and DDP models; not sharded
-    ones. `state_dict` then holds the tensors until it trips, so it is as large as the model and no JSON.
+    With `model` the weights of the best check of the whole run come back in place when it trips, from a copy on the
+    CPU. So pass the model whose metric it is (an average, where that is what is evaluated), plain or DDP, not sharded.
+    Optimizer, LR schedulers and the number of unfrozen blocks stay as they are. Until it trips `state_dict` holds the
+    copy, so it is as large as the model and no JSON.
 
     Args:
         patience: Consecutive worse checks that trip it, at least 1.
@@ -216,8 +184,7 @@ class OverfitGuard(_Follower):
         model: Its best weights are restored; anything with `state_dict` and `load_state_dict`. None restores nothing.
 
     Raises:
-        TypeError: An argument of the wrong type.
-        ValueError: An argument out of range.
+        TypeError, ValueError: An argument of the wrong type, or out of range.
 
     Example:
         >>> guard = OverfitGuard(patience=2)
@@ -231,7 +198,6 @@ class OverfitGuard(_Follower):
         (mode='min', min_delta=0)"
     """
 
-    _Kind = _GuardState
     _state: _GuardState
 
     def __init__(self, patience: int = 3, mode: Mode = "min", min_delta: float = 0.0, model: Any = None) -> None:
@@ -245,11 +211,6 @@ class OverfitGuard(_Follower):
         self._state = _GuardState(mode=mode)
 
     @property
-    def cap(self) -> int | None:
-        """The number of blocks at which it tripped; None before."""
-        return self._state.cap
-
-    @property
     def reason(self) -> str:
         """Why it holds, with the figures; empty before it tripped."""
         return self._state.reason
@@ -260,15 +221,15 @@ class OverfitGuard(_Follower):
             return
         if self._model is not None and self._gain(check, state.kept) > 0:
             self._weights, state.kept = _cpu_copy(self._model.state_dict()), check
-        if state.number:
-            gain = self._gain(check, state.best)
-            state.count = state.count + 1 if -gain > self.min_delta else 0
-            if state.count >= self.patience:
-                self._trip(metric)
-                return
-            if gain > 0:
-                state.best = check
         state.last = check
+        if not state.number:
+            return
+        gain = self._gain(check, state.best)
+        state.count = 0 if gain >= -self.min_delta else state.count + 1
+        if gain > 0:
+            state.best = check
+        if state.count >= self.patience:
+            self._trip(metric)
 
     def _trip(self, metric: float) -> None:
         state = self._state
@@ -291,60 +252,47 @@ class OverfitGuard(_Follower):
 
     def state_dict(self) -> dict[str, Any]:
         """All that changes, of JSON's types alone; with `model` also the kept weights, under `"weights"`."""
-        state = super().state_dict()
-        return state if self._model is None else {**state, "weights": self._weights and dict(self._weights)}
+        weights = self._weights and dict(self._weights)
+        return super().state_dict() | ({} if self._model is None else {"weights": weights})
 
-    def _validated(self, state_dict: Mapping[str, Any]) -> Any:
-        held = isinstance(state_dict, Mapping) and "weights" in state_dict
-        if held and self._model is None:
-            raise ValueError(
-                "`state_dict` must be without weights, got those of a guard with a model; pass model= to this one too"
-            )
-        if isinstance(state_dict, Mapping) and not held and self._model is not None:
-            raise ValueError(
-                "`state_dict` must have the kept weights, got one of a guard without a model; leave model= out here too"
-            )
-        state = super()._validated(
-            {key: state_dict[key] for key in state_dict if key != "weights"} if held else state_dict
-        )
-        weights = state_dict.get("weights")
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from a saved state of a guard with `model`, if this has one, or else without."""
+        weights = None
+        if isinstance(state_dict, Mapping):
+            if (self._model is None) is ("weights" in state_dict):
+                wrong = "have the kept weights, got one of a guard without a model; leave model= out here too"
+                if self._model is None:
+                    wrong = "be without weights, got those of a guard with a model; pass model= to this one too"
+                raise ValueError(f"`state_dict` must {wrong}")
+            state_dict = dict(state_dict)
+            weights = state_dict.pop("weights", None)
+        state = self._validated(state_dict)
         if (weights is None) != (state.kept is None):
             raise ValueError(
                 f"`state_dict` must have weights where it has a check that they belong to, got kept={state.kept} with "
                 f"{'no ' if weights is None else ''}weights; pass a saved state_dict() as it is"
             )
-        return state
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from a saved state, with this object's `patience`, `min_delta` and `model`.
-
-        Args:
-            state_dict: What `state_dict` gave, possibly by way of JSON or `torch.save`.
-
-        Raises:
-            TypeError: `state_dict` is no mapping.
-            ValueError: It is of another kind, mode or model, or has been tampered with; nothing has changed.
-        """
-        state = self._validated(state_dict)
-        weights = state_dict.get("weights")
         if weights is not None:
-            _check_weights(weights, self._model.state_dict())
+            _refuse_others(weights, self._model.state_dict())
             weights = _cpu_copy(weights)
         self._state, self._weights = state, weights
+
+
+class _TriggerState(_State):
+    cap: NonNegativeInt
 
 
 class PlateauTrigger(_Follower):
     """A trigger: allows the next block when the metric has stopped improving, the schedule being the upper bound.
 
     `cap` begins at `start` blocks and rises by one when `patience` consecutive checks have not improved on the best
-    since the last transition (the check just before it included) by more than `min_delta`; up to all blocks. To let
-    the metric alone decide, give a schedule that allows all blocks from epoch 0 on, such as
-    `MilestonePreset(milestones={0: total_blocks})`.
+    since the last transition (the check just before it included) by more than `min_delta`; up to all blocks. A check of
+    NaN, or of the infinity at the wrong end, is no improvement. To let the metric alone decide, give a schedule that
+    allows all blocks from epoch 0 on, such as `MilestonePreset(milestones={0: total_blocks})`.
 
-    A check counts only while the cap is what holds the blocks back, that is while as many blocks are unfrozen as it
-    allows. Where the schedule holds back, nothing is counted, so the cap is never more than one block ahead and no
-    plateau of the waiting time unfreezes several at once. Nor is anything counted between a rise and the `apply` that
-    follows it, or before the first `apply`. A check of NaN, or of the infinity at the wrong end, is no improvement.
+    A check counts only while as many blocks are unfrozen as the cap allows. So where the schedule holds back, the cap
+    is never more than one block ahead and no plateau of the waiting time unfreezes several at once; nor does a check
+    count between a rise and the `apply` that follows it, or before the first `apply`.
 
     Args:
         patience: Consecutive checks without an improvement that allow one more block, at least 1.
@@ -353,8 +301,7 @@ class PlateauTrigger(_Follower):
         start: Blocks allowed before any plateau, counted from the deep end, at least 0.
 
     Raises:
-        TypeError: An argument of the wrong type.
-        ValueError: An argument out of range.
+        TypeError, ValueError: An argument of the wrong type, or out of range.
 
     Example:
         >>> trigger = PlateauTrigger(patience=2)
@@ -367,18 +314,12 @@ class PlateauTrigger(_Follower):
         [0, 0, 0, 1]
     """
 
-    _Kind = _TriggerState
     _state: _TriggerState
 
     def __init__(self, patience: int = 2, mode: Mode = "min", min_delta: float = 0.0, start: int = 0) -> None:
         super().__init__(patience, mode, min_delta)
         self.start = as_count(start, "start", minimum=0, fix="it is a number of blocks, such as 0")
         self._state = _TriggerState(mode=mode, cap=self.start)
-
-    @property
-    def cap(self) -> int:
-        """The number of blocks allowed so far."""
-        return self._state.cap
 
     @property
     def reason(self) -> str:
@@ -404,14 +345,12 @@ class PlateauTrigger(_Follower):
         state.count += 1
         if state.count >= self.patience:
             if parallel.speaks():
-                log.info(
-                    "PlateauTrigger: block %d of %d may join, no longer %s", state.cap + 1, state.total, self.reason
-                )
+                number, total = state.cap + 1, state.total
+                log.info("PlateauTrigger: block %d of %d may join, no longer %s", number, total, self.reason)
             state.cap += 1  # the transition that follows starts the count afresh
 
     def _holds(self) -> bool:
-        state = self._state
-        return state.number == state.cap and state.number != state.total
+        return self._state.number == self._state.cap != self._state.total
 
 
 def _cpu_copy(weights: Mapping[str, Any]) -> dict[str, Any]:
@@ -422,19 +361,15 @@ def _cpu_copy(weights: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _check_weights(weights: Any, own: Mapping[str, Any]) -> None:
+def _refuse_others(weights: Any, own: Mapping[str, Any]) -> None:
     """Refuse weights that are not of this model, by the first name that differs."""
-    saved = weights if isinstance(weights, Mapping) else {}
-    for key in [*own, *(key for key in saved if key not in own)]:
-        if _kind(saved, key) != _kind(own, key):
+    saved, here = (
+        {key: f"a tensor of {list(v.shape)}" if hasattr(v, "detach") else "an object" for key, v in state.items()}
+        for state in (weights if isinstance(weights, Mapping) else {}, own)
+    )
+    for key in {**here, **saved}:
+        if saved.get(key) != here.get(key):
             raise ValueError(
-                f"`state_dict['weights']` must be of this model, got {_kind(saved, key)} for {key}, "
-                f"where it has {_kind(own, key)}; build the model that was saved"
+                f"`state_dict['weights']` must be of this model, got {saved.get(key, 'nothing')} for {key}, "
+                f"where it has {here.get(key, 'nothing')}; build the model that was saved"
             )
-
-
-def _kind(weights: Mapping[str, Any], key: str) -> str:
-    if key not in weights:
-        return "nothing"
-    value = weights[key]
-    return f"a tensor of {list(value.shape)}" if hasattr(value, "detach") else "an object"

@@ -17,18 +17,16 @@ if TYPE_CHECKING:
 def process_group() -> Any | None:
     """torch.distributed where a process group of several ranks is up, else None; torch is not imported for it."""
     distributed = sys.modules.get("torch.distributed")
-    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
-        return None
-    return distributed if distributed.get_world_size() > 1 else None
+    if distributed and distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        return distributed
+    return None
 
 
 def agreed(value: Any) -> Any:
     """Rank 0's value, on every rank: a decision that differed would unfreeze other blocks on each."""
-    group = process_group()
-    if group is None:
-        return value
     values = [value]
-    group.broadcast_object_list(values, src=0)  # on the device that the backend wants
+    if group := process_group():
+        group.broadcast_object_list(values, src=0)  # on the device that the backend wants
     return values[0]
 
 
@@ -44,24 +42,18 @@ def is_launched_alone() -> bool:
 
 
 def rewrap_ddp(ddp: DistributedDataParallel) -> DistributedDataParallel:
-    """A new DDP around the same module, which reduces what is trainable now.
+    """A new DDP around the same module, with the same arguments and hooks, which reduces what is trainable now.
 
-    A DDP reduces the parameters that were trainable when it was made. Call this on all ranks after each transition;
-    only the trainable parameters are reduced then. Nothing is sent and no weight or buffer moves; before torch 2.7,
-    whose constructor has no `init_sync`, rank 0 sends all weights, which the ranks agree upon, and with
-    `broadcast_buffers` its buffers, as it does at each forward. A communication hook goes with its state; one whose
-    state counts buckets, such as PowerSGD's, has to be registered by hand instead.
+    Call it on all ranks after each transition. Nothing is sent and no weight or buffer moves; before torch 2.7 rank 0
+    sends its weights, which the ranks agree upon, and with `broadcast_buffers` its buffers, as at each forward. A hook
+    whose state counts buckets, such as PowerSGD's, has to be registered by hand instead.
 
     Args:
         ddp: The wrapped model; leave it unused from now on.
 
-    Returns:
-        A new wrapper with the same arguments and communication hooks, in the same mode.
-
     Raises:
         TypeError: It is no DistributedDataParallel.
-        ValueError: It was made with `delay_all_reduce_named_params` or `mixed_precision`, which leave hooks in the
-            module for good.
+        ValueError: It was made with `delay_all_reduce_named_params` or `mixed_precision`, whose hooks stay for good.
 
     Example:
         ```python
@@ -83,17 +75,7 @@ def rewrap_ddp(ddp: DistributedDataParallel) -> DistributedDataParallel:
                 f"`ddp` must be made without {argument}, whose hooks stay in the module, got one with it; "
                 "wrap everything while it is trainable, with find_unused_parameters=True"
             )
-    new = DistributedDataParallel(
-        ddp.module,
-        device_ids=ddp.device_ids,
-        output_device=ddp.output_device,
-        dim=ddp.dim,
-        process_group=ddp.process_group,
-        find_unused_parameters=ddp.find_unused_parameters,
-        gradient_as_bucket_view=ddp.gradient_as_bucket_view,
-        static_graph=ddp.static_graph,
-        **_by_version(ddp, inspect.signature(DistributedDataParallel).parameters),
-    )
+    new = DistributedDataParallel(**_by_version(ddp, inspect.signature(DistributedDataParallel).parameters))
     for hook, state in ddp._comm_hooks:  # noqa: SLF001  # torch has no public way to list them
         new.register_comm_hook(state, hook)
     # The mode of the wrapper alone: that of the modules within is theirs.
@@ -103,20 +85,15 @@ def rewrap_ddp(ddp: DistributedDataParallel) -> DistributedDataParallel:
 
 
 def _by_version(ddp: DistributedDataParallel, taken: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
-    """The arguments that a constructor takes or does not, by torch's version, as the wrapper was given them."""
-    arguments: dict[str, Any] = {
-        # From torch 2.8, 2.12 and 2.13 on. The last took the place of `broadcast_buffers`, which warns beside it.
-        name: getattr(ddp, name)
-        for name in ("skip_all_reduce_unused_params", "batched_grad_copy", "forward_sync_buffers")
-        if name in taken
-    }
-    if "forward_sync_buffers" not in taken:
-        arguments["broadcast_buffers"] = ddp.broadcast_buffers
+    """The arguments that this torch's constructor takes, as the wrapper was given them."""
+    # It keeps most under their names. A mesh comes as its process group, and from torch 2.13 on `broadcast_buffers` as
+    # `forward_sync_buffers`, beside which it warns.
+    others = {"device_mesh"} | ({"broadcast_buffers"} if "forward_sync_buffers" in taken else set())
+    arguments = {name: getattr(ddp, name) for name in taken if name not in others and hasattr(ddp, name)}
     if "init_sync" in taken:  # from torch 2.7 on
         arguments["init_sync"] = False  # the ranks agree already, and buffers that are a rank's own have to stay
-    caps = [size / 2**20 for size in getattr(ddp, "bucket_bytes_cap_list", [])]
-    if caps:  # from torch 2.11 on, which multiplies them by bytes a MiB, then rounds
-        arguments["bucket_cap_mb_list"] = caps
+    if caps := getattr(ddp, "bucket_bytes_cap_list", []):  # from torch 2.11 on, which takes MiB, and rounds
+        arguments["bucket_cap_mb_list"] = [size / 2**20 for size in caps]
     elif not ddp.bucket_bytes_cap_default:
         arguments["bucket_cap_mb"] = ddp.bucket_bytes_cap / 2**20
     return arguments
@@ -124,13 +101,10 @@ def _by_version(ddp: DistributedDataParallel, taken: Mapping[str, inspect.Parame
 
 @contextmanager
 def all_trainable(optimizer: Optimizer) -> Iterator[None]:
-    """Makes all that the optimizer holds trainable while torch.distributed.checkpoint looks at it.
+    """Makes all that a live optimizer holds trainable while torch.distributed.checkpoint looks at it.
 
     Its `get_state_dict` and `set_state_dict` leave out the moments of what is frozen at that moment, so that blocks
     which were frozen again would come back without theirs.
-
-    Args:
-        optimizer: The live optimizer.
 
     Example:
         >>> import torch

@@ -5,13 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
-from itertools import count, groupby
-from operator import itemgetter
 from typing import Any, Literal, Self
 
-from pydantic import Field, field_serializer, field_validator, model_validator
+from pydantic import field_serializer, model_validator
 
-from unfreeze_sched._checks import FrozenModel, as_count, count_field, ratio_field, short
+from unfreeze_sched._checks import FrozenModel, as_count, as_ratio, checked, short
 
 _SCALE = "0.1 gives a joining block a tenth of the head's learning rate"
 _SHARE = "it is a share of total_epochs, such as 0.2"
@@ -33,8 +31,8 @@ class RatePreset(FrozenModel):
 
     Example:
         >>> preset = RatePreset(unfreeze_start_epoch=2, unfreeze_rate=3)
-        >>> [preset.blocks_at(epoch, total_blocks=3, total_epochs=10) for epoch in range(10)]
-        [0, 0, 1, 1, 1, 2, 2, 2, 3, 3]
+        >>> dict(preset.changes(total_blocks=3, total_epochs=10))
+        {2: 1, 5: 2, 8: 3}
     """
 
     kind: Literal["rate"] = "rate"
@@ -42,21 +40,15 @@ class RatePreset(FrozenModel):
     unfreeze_rate: int = 5
     learning_rate_scale: float = 0.1
 
-    _start = count_field("unfreeze_start_epoch", minimum=0, fix="epochs are 0-based whole numbers, such as 10")
-    _rate = count_field("unfreeze_rate", minimum=1, fix="it is a whole number of epochs, such as 5")
-    _scale = ratio_field("learning_rate_scale", fix=_SCALE)
-
-    def blocks_at(self, epoch: int, total_blocks: int, total_epochs: int) -> int:
-        """The number of unfrozen blocks at a 0-based epoch; `total_epochs` plays no part."""
-        del total_epochs
-        if epoch < self.unfreeze_start_epoch:
-            return 0
-        return min(total_blocks, 1 + (epoch - self.unfreeze_start_epoch) // self.unfreeze_rate)
+    _start = checked("unfreeze_start_epoch", as_count, minimum=0, fix="epochs are 0-based whole numbers, such as 10")
+    _rate = checked("unfreeze_rate", as_count, minimum=1, fix="it is a whole number of epochs, such as 5")
+    _scale = checked("learning_rate_scale", as_ratio, fix=_SCALE)
 
     def changes(self, total_blocks: int, total_epochs: int) -> Iterator[tuple[int, int]]:
-        """Each epoch before `total_epochs` at which the number may change, ascending, with the number from then on."""
-        last = min(self.unfreeze_start_epoch + total_blocks * self.unfreeze_rate, total_epochs)
-        yield from zip(range(self.unfreeze_start_epoch, last, self.unfreeze_rate), count(1), strict=False)
+        """Each 0-based epoch at which the number changes, with the number from then on; some may lie past the end."""
+        start = self.unfreeze_start_epoch
+        epochs = range(start, max(total_epochs, start + 1), self.unfreeze_rate)
+        return zip(epochs, range(1, total_blocks + 1), strict=False)
 
 
 class Milestones(dict[int, int]):
@@ -80,34 +72,22 @@ class Milestones(dict[int, int]):
         return Milestones, (dict(self),)  # a pickled dict is filled item by item too
 
 
-def _milestones(value: Any) -> Mapping[int, int]:
+def _as_milestones(value: Any, name: str) -> Any:
     if not isinstance(value, Mapping) or not value:
         raise ValueError(
-            f"`milestones` must map epochs to numbers of blocks, got {short(value)}; "
-            "pass a dict such as {10: 1, 20: 4}"
+            f"`{name}` must map epochs to numbers of blocks, got {short(value)}; pass a dict such as {{10: 1, 20: 4}}"
         )
     items: dict[int, int] = {}
     last = -1
     for key, number in value.items():
         # JSON has string keys alone, so the decimal form of an epoch is read as that epoch.
         epoch = int(key) if isinstance(key, str) and re.fullmatch(r"0|[1-9][0-9]{0,17}", key) else key
-        try:
-            epoch = as_count(epoch, "milestones", minimum=0, fix="its keys are 0-based epochs, such as 10")
-            blocks = as_count(number, f"milestones[{epoch}]", minimum=0, fix="it is a number of blocks, such as 1")
-        except TypeError as error:  # pydantic gathers ValueErrors alone
-            raise ValueError(str(error)) from None
+        epoch = as_count(epoch, name, minimum=0, fix="its keys are 0-based epochs, such as 10")
         if epoch <= last:
-            raise ValueError(f"`milestones` must have ascending epochs, got {epoch} after {last}; sort them")
-        items[epoch] = blocks
+            raise ValueError(f"`{name}` must have ascending epochs, got {epoch} after {last}; sort them")
+        items[epoch] = as_count(number, f"{name}[{epoch}]", minimum=0, fix="it is a number of blocks, such as 1")
         last = epoch
-    milestones: Mapping[int, int] = Milestones(items)
-    return milestones
-
-
-_MILESTONES_SCHEMA: dict[str, Any] = {
-    "type": "object",
-    "additionalProperties": {"type": "integer", "minimum": 0},
-}
+    return Milestones(items)
 
 
 class MilestonePreset(FrozenModel):
@@ -123,32 +103,27 @@ class MilestonePreset(FrozenModel):
         pydantic.ValidationError: A ValueError that names the field, the value and one fix.
 
     Example:
-        >>> preset = MilestonePreset(milestones={1: 1, 3: 4})
-        >>> [preset.blocks_at(epoch, total_blocks=7, total_epochs=5) for epoch in range(5)]
+        >>> from unfreeze_sched import UnfreezeSchedule
+        >>> list(UnfreezeSchedule(preset=MilestonePreset(milestones={1: 1, 3: 4}), total_blocks=7, total_epochs=5))
         [0, 1, 1, 4, 4]
     """
 
     kind: Literal["milestones"] = "milestones"
-    milestones: Mapping[int, int] = Field(json_schema_extra=_MILESTONES_SCHEMA)
+    milestones: Mapping[int, int]
     learning_rate_scale: float = 0.1
 
     # Plain, since pydantic's own validation of a Mapping hands back a dict, which changes and has no hash.
-    _epochs = field_validator("milestones", mode="plain")(_milestones)
-    _scale = ratio_field("learning_rate_scale", fix=_SCALE)
+    _epochs = checked("milestones", _as_milestones, mode="plain")
+    _scale = checked("learning_rate_scale", as_ratio, fix=_SCALE)
 
     @field_serializer("milestones")
     def _as_dict(self, milestones: Mapping[int, int]) -> dict[int, int]:
         return dict(milestones)
 
-    def blocks_at(self, epoch: int, total_blocks: int, total_epochs: int) -> int:
-        """The number of unfrozen blocks at a 0-based epoch; the totals play no part."""
-        del total_blocks, total_epochs
-        return next((number for key, number in [*self.milestones.items()][::-1] if key <= epoch), 0)
-
     def changes(self, total_blocks: int, total_epochs: int) -> Iterator[tuple[int, int]]:
-        """Each epoch before `total_epochs` at which the number may change, ascending, with the number from then on."""
-        del total_blocks
-        yield from ((epoch, number) for epoch, number in self.milestones.items() if epoch < total_epochs)
+        """As of a RatePreset."""
+        del total_blocks, total_epochs
+        return iter(self.milestones.items())
 
 
 class FractionPreset(FrozenModel):
@@ -169,9 +144,8 @@ class FractionPreset(FrozenModel):
         pydantic.ValidationError: A ValueError that names the field, the value and one fix.
 
     Example:
-        >>> preset = FractionPreset(start=0.2, end=0.8)
-        >>> [preset.blocks_at(epoch, total_blocks=3, total_epochs=10) for epoch in range(10)]
-        [0, 0, 1, 1, 2, 2, 3, 3, 3, 3]
+        >>> dict(FractionPreset(start=0.2, end=0.8).changes(total_blocks=3, total_epochs=10))
+        {2: 1, 4: 2, 6: 3}
     """
 
     kind: Literal["fraction"] = "fraction"
@@ -179,9 +153,9 @@ class FractionPreset(FrozenModel):
     end: float = 0.8
     learning_rate_scale: float = 0.1
 
-    _start = ratio_field("start", fix=_SHARE, zero=True)
-    _end = ratio_field("end", fix=_SHARE, zero=True)
-    _scale = ratio_field("learning_rate_scale", fix=_SCALE)
+    _start = checked("start", as_ratio, fix=_SHARE, zero=True)
+    _end = checked("end", as_ratio, fix=_SHARE, zero=True)
+    _scale = checked("learning_rate_scale", as_ratio, fix=_SCALE)
 
     @model_validator(mode="after")
     def _start_before_end(self) -> Self:
@@ -189,48 +163,25 @@ class FractionPreset(FrozenModel):
             raise ValueError(f"`start` must be below `end`, got {self.start} and {self.end}; lower `start`")
         return self
 
-    def blocks_at(self, epoch: int, total_blocks: int, total_epochs: int) -> int:
-        """The number of unfrozen blocks at a 0-based epoch."""
-        start, end = self._bounds(total_epochs)
-        if epoch < start:
-            return 0
-        if epoch >= end:
-            return total_blocks
-        return min(total_blocks, 1 + int(total_blocks * (epoch - start) / (end - start)))
-
     def changes(self, total_blocks: int, total_epochs: int) -> Iterator[tuple[int, int]]:
-        """Each epoch before `total_epochs` at which the number may change, ascending, with the number from then on."""
-        start, end = self._bounds(total_epochs)
-        step = (end - start) / total_blocks
-        # In whole numbers over one denominator, since fractions of a long run would take their time.
-        below = start.denominator * step.denominator
-        first, each = start.numerator * step.denominator, step.numerator * start.denominator
-        epochs = (-(-(first + block * each) // below) for block in range(total_blocks))  # rounded up
-        for epoch, same in groupby(enumerate(epochs, 1), key=itemgetter(1)):
-            if epoch < total_epochs:
-                yield epoch, max(number for number, _ in same)
-
-    def _bounds(self, total_epochs: int) -> tuple[Fraction, Fraction]:
-        return Fraction(repr(self.start)) * total_epochs, Fraction(repr(self.end)) * total_epochs
+        """As of a RatePreset; of several at one epoch the last counts."""
+        start, end = (Fraction(repr(share)) * total_epochs for share in (self.start, self.end))
+        # In whole numbers of such parts of an epoch, since fractions of many blocks take their time.
+        parts = start.denominator * end.denominator * total_blocks
+        first, step = int(start * parts), int((end - start) * parts) // total_blocks
+        for number in range(total_blocks):
+            yield -(-(first + number * step) // parts), number + 1  # rounded up
 
 
+# The guide's, for fewer than 1,000, up to 10,000, and more training images.
 SMALL = RatePreset(unfreeze_start_epoch=20, unfreeze_rate=10, learning_rate_scale=0.01)
-"""For fewer than 1,000 training images."""
-
 MEDIUM = RatePreset(unfreeze_start_epoch=10, unfreeze_rate=5, learning_rate_scale=0.1)
-"""For 1,000 to 10,000 training images."""
-
 LARGE = RatePreset(unfreeze_start_epoch=5, unfreeze_rate=3, learning_rate_scale=0.3)
-"""For more than 10,000 training images."""
-
 PRESETS = {"small": SMALL, "medium": MEDIUM, "large": LARGE}
-"""The three of the guide, by name."""
 
-Preset = RatePreset | MilestonePreset | FractionPreset
-"""Any preset; told apart by `kind`."""
+Preset = RatePreset | MilestonePreset | FractionPreset  # told apart by `kind`
 
-_MEDIUM_FROM = 1_000
-_MEDIUM_UP_TO = 10_000
+_MEDIUM_FROM, _MEDIUM_UP_TO = 1_000, 10_000
 
 
 def preset_for(n_images: int) -> RatePreset:
@@ -240,8 +191,7 @@ def preset_for(n_images: int) -> RatePreset:
         n_images: Number of training images, at least 1.
 
     Raises:
-        TypeError: `n_images` is no integer.
-        ValueError: `n_images` is below 1.
+        TypeError, ValueError: `n_images` is no integer, or below 1.
 
     Example:
         >>> preset_for(1_000) is MEDIUM

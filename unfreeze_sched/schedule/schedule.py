@@ -8,23 +8,22 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Any, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from unfreeze_sched._checks import FrozenModel, as_count, count_field, short
-from unfreeze_sched.schedule.presets import FractionPreset, MilestonePreset, Preset, RatePreset
+from unfreeze_sched._checks import FrozenModel, as_count, checked, short
+from unfreeze_sched.schedule.presets import Preset
 
-_KINDS = {"rate": RatePreset, "milestones": MilestonePreset, "fraction": FractionPreset}
+_KINDS = ("rate", "milestones", "fraction")
 
 
-def _known_kind(value: Any) -> Any:
-    if isinstance(value, tuple(_KINDS.values())):
+def _known_kind(value: Any, name: str) -> Any:
+    if isinstance(value, Preset):
         return value
     if not isinstance(value, Mapping):
-        raise ValueError(f"`preset` must be a preset or its dict, got {short(value)}; pass MEDIUM or a RatePreset")  # noqa: TRY004  # pydantic gathers ValueErrors alone
-    if not isinstance(value.get("kind"), str) or value["kind"] not in _KINDS:
-        raise ValueError(
-            f"`preset` must have a `kind` among {', '.join(_KINDS)}, got {short(value.get('kind'))}; add 'kind': 'rate'"
-        )
+        raise TypeError(f"`{name}` must be a preset or its dict, got {short(value)}; pass MEDIUM or a RatePreset")
+    if value.get("kind") not in _KINDS:
+        kinds, got = ", ".join(_KINDS), short(value.get("kind"))
+        raise ValueError(f"`{name}` must have a `kind` among {kinds}, got {got}; add 'kind': 'rate'")
     return value
 
 
@@ -55,28 +54,25 @@ class UnfreezeSchedule(FrozenModel):
     total_blocks: int
     total_epochs: int
 
-    _preset = field_validator("preset", mode="before")(_known_kind)
-    _blocks = count_field("total_blocks", minimum=1, fix="count the encoder's blocks: len(blocks)")
-    _epochs = count_field("total_epochs", minimum=1, fix="it is the number of epochs of the run, such as 50")
+    _preset = checked("preset", _known_kind)
+    _blocks = checked("total_blocks", as_count, minimum=1, fix="count the encoder's blocks: len(blocks)")
+    _epochs = checked("total_epochs", as_count, minimum=1, fix="it is the number of epochs of the run, such as 50")
 
     @model_validator(mode="after")
     def _refuse_what_does_not_fit(self) -> Self:
-        preset = self.preset
-        if isinstance(preset, MilestonePreset):
-            for epoch, number in preset.milestones.items():
-                if number > self.total_blocks:
-                    raise ValueError(
-                        f"`milestones[{epoch}]` must be at most `total_blocks`, {self.total_blocks}, got {number}; "
-                        "lower it or drop the milestone"
-                    )
-            field, start = "milestones", next(iter(preset.milestones))
-        elif isinstance(preset, RatePreset):
-            field, start = "unfreeze_start_epoch", preset.unfreeze_start_epoch
-        else:
+        field = {"rate": "unfreeze_start_epoch", "milestones": "milestones"}.get(self.preset.kind)
+        if field is None:
             return self  # a share lies within the run; where it rounds up to its end, the formula stands
-        if start >= self.total_epochs:
+        changes = dict(self.preset.changes(self.total_blocks, self.total_epochs))
+        for epoch, number in changes.items():
+            if number > self.total_blocks:
+                raise ValueError(
+                    f"`milestones[{epoch}]` must be at most `total_blocks`, {self.total_blocks}, got {number}; "
+                    "lower it or drop the milestone"
+                )
+        if min(changes) >= self.total_epochs:
             raise ValueError(
-                f"`{field}` must start before `total_epochs`, {self.total_epochs}, got {start}; "
+                f"`{field}` must start before `total_epochs`, {self.total_epochs}, got {min(changes)}; "
                 "no block would ever be unfrozen: start earlier or train longer"
             )
         return self
@@ -92,26 +88,22 @@ class UnfreezeSchedule(FrozenModel):
 
     @cached_property
     def _changes(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        """Epochs at which the number changes, the numbers, and the largest so far: a look-up is a bisection."""
+        """The epochs of changes, the numbers from then on, and the largest so far: a look-up is a bisection."""
         epochs, blocks = [-1], [0]
-        for epoch, number in self.preset.changes(self.total_blocks, self.total_epochs):
-            if number != blocks[-1]:
+        for epoch, number in dict(self.preset.changes(self.total_blocks, self.total_epochs)).items():
+            if number != blocks[-1] and epoch < self.total_epochs:
                 epochs.append(epoch)
                 blocks.append(number)
         return tuple(epochs), tuple(blocks), tuple(accumulate(blocks, max))
 
     def blocks_at(self, epoch: int) -> int:
-        """The number of unfrozen blocks at an epoch.
+        """The number of unfrozen blocks at an epoch, from 0 to `total_blocks`, both inclusive.
 
         Args:
             epoch: 0-based; any from 0 on, past the end the last number stays.
 
-        Returns:
-            A number from 0 to `total_blocks`, both inclusive.
-
         Raises:
-            TypeError: `epoch` is no integer.
-            ValueError: `epoch` is negative.
+            TypeError, ValueError: `epoch` is no integer, or negative.
         """
         return self.progress_at(epoch)[0]
 
@@ -135,7 +127,6 @@ class UnfreezeSchedule(FrozenModel):
         return blocks[place], peaks[place]
 
     def __getitem__(self, epoch: int) -> int:
-        """The number of unfrozen blocks at an epoch of the run."""
         number = self.blocks_at(epoch)
         if epoch >= self.total_epochs:
             raise IndexError(
@@ -144,9 +135,7 @@ class UnfreezeSchedule(FrozenModel):
         return number
 
     def __len__(self) -> int:
-        """`total_epochs`."""
         return self.total_epochs
 
     def __iter__(self) -> Iterator[int]:  # type: ignore[override]  # a sequence of numbers, where pydantic has its fields
-        """The numbers, epoch by epoch."""
         return map(self.blocks_at, range(self.total_epochs))
