@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("segmentation_models_pytorch")
 
-from unfreeze_sched.distill.command.evaluation import mean_iou, pixel_counts, shares_of  # after the skip
+from unfreeze_sched.distill.command.arms import mean_iou, pixel_counts, shares_of  # after the skip
 from unfreeze_sched.distill.command.ranks import Ranks
 
 

@@ -37,7 +37,7 @@ from tiny import InterruptedRunError, Interrupting, arm  # noqa: E402  # likewis
 from unfreeze_sched.cli import main  # noqa: E402  # likewise
 from unfreeze_sched.distill import checkpoints  # noqa: E402  # likewise
 from unfreeze_sched.distill.checkpoints import CheckpointError, load_segmentation_state, read_checkpoint  # noqa: E402  # likewise
-from unfreeze_sched.distill.command import restore  # noqa: E402  # likewise
+from unfreeze_sched.distill.command import training  # noqa: E402  # likewise
 from unfreeze_sched.distill.command.arms import Settings  # noqa: E402  # likewise
 from unfreeze_sched.distill.command.data import load_folders  # noqa: E402  # likewise
 from unfreeze_sched.distill.command.training import Training  # noqa: E402  # likewise
@@ -92,7 +92,7 @@ class Trial:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                restore.restore(self.parts, self.path)
+                training.restore(self.parts, self.path)
             except (CheckpointError, OSError) as error:
                 text = str(error)
                 assert re.fullmatch(re.escape(f"{self.path}: must ") + ".{,900}", text), (what, text)
@@ -297,7 +297,7 @@ def test_broken_pickles_with_right_checksums(trial: Trial, saved: bytes) -> None
     ("module", "name", "instead", "found_by"),
     [
         (checkpoints, "_check_sums", lambda _: None, lambda *a: test_broken_bytes(flipped, 50, *a)),
-        (restore, "_refuse", lambda _: None, lambda trial, _: test_broken_contents(trial)),
+        (training, "_refuse_others", lambda *_: None, lambda trial, _: test_broken_contents(trial)),
     ],
     ids=["no checksums", "no look at shapes"],
 )

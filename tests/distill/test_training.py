@@ -61,8 +61,8 @@ def states(folder: Path) -> dict[str, Any]:
         {"gradient_clip": 0.01},
         {"precision": "bf16"},
         {"precision": "fp16"},
-        {"workers": 2},
-        {"accumulate": 2, "gradient_clip": 0.01, "precision": "fp16", "workers": 1},
+        {"num_workers": 2},
+        {"accumulate": 2, "gradient_clip": 0.01, "precision": "fp16", "num_workers": 1},
     ],
     ids=str,
 )
@@ -79,7 +79,7 @@ def test_interrupted_and_resumed(changes: dict[str, Any], data: SegmentationData
     resumed.run(tmp_path / "run", Interrupting(last=99))
     assert differences(states(tmp_path / "run"), states(tmp_path / "whole")) == []
     plain = trained(data, PLAIN, tmp_path / "plain").parts["model"].state_dict()
-    assert bool(differences(dict(plain), dict(states(tmp_path / "whole")["model"]))) == (changes != {"workers": 2})
+    assert bool(differences(dict(plain), dict(states(tmp_path / "whole")["model"]))) == (changes != {"num_workers": 2})
 
 
 def test_accumulated_batches_are_one(data: SegmentationData, tmp_path: Path) -> None:

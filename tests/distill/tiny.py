@@ -10,7 +10,7 @@ from torch import nn
 
 from unfreeze_sched import Block, RatePreset, UnfreezeSchedule
 from unfreeze_sched.distill.command.arms import Arm, Imitating
-from unfreeze_sched.distill.command.records import EpochRecord
+from unfreeze_sched.distill.command.runlog import EpochRecord
 from unfreeze_sched.distill.loss import DistillationLoss
 
 

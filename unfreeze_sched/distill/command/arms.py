@@ -1,16 +1,21 @@
-"""What is trained in the reference run: the arms, and what they have in common."""
+"""What is trained in the reference run, on which batches, and how it is measured."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from segmentation_models_pytorch.metrics import get_stats
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from unfreeze_sched import Block, UnfreezeSchedule
-from unfreeze_sched.distill.loss import DistillationLoss
+from unfreeze_sched.distill.command.data import SegmentationData
+from unfreeze_sched.distill.command.ranks import ALONE, Ranks
+from unfreeze_sched.distill.loss import IGNORE_INDEX, DistillationLoss
 from unfreeze_sched.guards import OverfitGuard
 from unfreeze_sched.model.freezing import Norms
 
@@ -19,29 +24,17 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Settings:
-    """What is the same for every arm of a run.
-
-    Attributes:
-        epochs: Number of epochs.
-        lr: Learning rate of decoder and head; it follows one cosine to 0 over all steps.
-        batch_size: Images a batch, of all ranks together.
-        seed: Of the data order, the augmentation, the first weights and what a network draws.
-        device: A torch device.
-        precision: Of the forward passes: fp32, bf16 or fp16; weights and losses are fp32.
-        accumulate: Batches whose gradients add up to one step.
-        gradient_clip: The largest norm of a step's gradients, all parameters together; None clips nothing.
-        workers: Processes that read images ahead.
-    """
+    """What is the same for every arm of a run."""
 
     epochs: int
-    lr: float
-    batch_size: int
-    seed: int
+    lr: float  # of decoder and head; it follows one cosine to 0 over all steps
+    batch_size: int  # images, of all ranks together
+    seed: int  # of the data order, the augmentation, the first weights and what a network draws
     device: str
-    precision: str = "fp32"
-    accumulate: int = 1
-    gradient_clip: float | None = None
-    workers: int = 0
+    precision: str = "fp32"  # of the forward passes, or bf16, fp16; weights and losses are fp32
+    accumulate: int = 1  # batches whose gradients add up to one step
+    gradient_clip: float | None = None  # the largest norm of a step's gradients, all parameters together
+    num_workers: int = 0  # processes that read images ahead
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Within it, forward passes are computed in the precision."""
@@ -56,14 +49,9 @@ class Settings:
         """See that the device computes in the precision."""
         if self.precision == "fp32":
             return
-        layer, scaler = nn.Conv2d(1, 1, 3, device=self.device), self.scaler()
-        optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
         try:
             with self.autocast():
-                loss = layer(torch.ones(1, 1, 4, 4, device=self.device)).float().mean()
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
+                nn.Conv2d(1, 1, 1, device=self.device)(torch.ones(1, 1, 1, 1, device=self.device)).sum().backward()
         except (RuntimeError, AssertionError) as error:
             raise ValueError(
                 f"`--precision` must be one that {self.device} computes in, got {self.precision} ({error}); "
@@ -73,26 +61,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class Arm:
-    """One network to train, and how.
+    """One network to train, and how."""
 
-    Attributes:
-        name: Of its folder and in its metrics.
-        unet: The network.
-        forward: A module, images -> the network's logits and those that it is to imitate.
-        blocks: Of its encoder, shallow to deep.
-        schedule: When they are unfrozen.
-        learning_rate_scale: Of the blocks' learning rates to the head's.
-        norms: As for `ProgressiveUnfreezer`.
-        loss: Of logits, logits to imitate, and masks.
-        guard: Holds further blocks back once the validation loss has got worse; None lets the schedule alone decide.
-    """
-
-    name: str
+    name: str  # of its folder, and in its metrics
     unet: Any
-    forward: nn.Module
-    blocks: tuple[Block, ...]
+    forward: nn.Module  # images -> the network's logits, and those that it is to imitate
+    blocks: tuple[Block, ...]  # of its encoder, shallow to deep
     schedule: UnfreezeSchedule
-    learning_rate_scale: float
+    learning_rate_scale: float  # of the blocks' learning rates to the head's
     norms: Norms
     loss: DistillationLoss
     guard: OverfitGuard | None = None
@@ -109,3 +85,80 @@ class Imitating(nn.Module):
         """Logits, and the same without graph."""
         logits = self.unet(images)
         return logits, logits.detach()
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Loss and mean intersection over union of one data set."""
+
+    loss: float
+    miou: float
+
+
+@torch.no_grad()
+def evaluate(arm: Arm, data: SegmentationData, settings: Settings, ranks: Ranks = ALONE) -> Evaluation:
+    """Loss, by image, and mean intersection over union on a data set; leaves the network in evaluation mode.
+
+    Each of several ranks, all calling this, takes some of the batches, and all get what one process gets.
+    """
+    arm.unet.eval()
+    classes = max(data.classes, 2)  # one channel tells two apart
+    total, pixels = torch.zeros(1, dtype=torch.float64), torch.zeros(3, classes, dtype=torch.float64)
+    batches = batches_of(len(data), settings.batch_size)[ranks.rank :: ranks.world]
+    for images, masks in loaded(data, batches, settings):
+        with settings.autocast():
+            logits, targets = arm.forward(images)
+        total += float(arm.loss(logits, targets, masks)) * len(images)
+        pixels += pixel_counts(logits, masks, classes)
+    sums = ranks.summed(torch.cat([total, pixels.flatten()]))
+    return Evaluation(float(sums[0]) / len(data), mean_iou(sums[1:].view(3, classes)))
+
+
+def pixel_counts(logits: Tensor, masks: Tensor, classes: int) -> Tensor:
+    """Hits, false alarms and misses, (3, classes), of logits (B, C, H, W); counts of several batches add up."""
+    found = get_stats(predicted_classes(logits), masks, "multiclass", ignore_index=IGNORE_INDEX, num_classes=classes)
+    return torch.stack(found[:3]).sum(1)
+
+
+def mean_iou(counts: Tensor) -> float:
+    """Mean over classes of hits / (hits + false alarms + misses), of which those that are 0 / 0 are left out.
+
+    Example:
+        >>> mean_iou(torch.tensor([[1, 2, 0], [1, 0, 0], [0, 1, 0]]))
+        0.5833333333333333
+    """
+    hits, alarms, misses = counts.double()
+    return float((hits / (hits + alarms + misses)).nanmean())
+
+
+def predicted_classes(logits: Tensor) -> Tensor:
+    """Class indices (B, H, W) of logits (B, C, H, W); with one channel, class 1 is where the logit is positive."""
+    return (logits[:, 0] > 0).long() if logits.shape[1] == 1 else logits.argmax(1)
+
+
+def batches_of(number: int, size: int) -> list[range]:
+    """Places of the batches, in order; the last may be smaller."""
+    return [range(start, min(start + size, number)) for start in range(0, number, size)]
+
+
+def shares_of(number: int, size: int, ranks: Ranks) -> list[range]:
+    """A rank's places of each training batch: as many as any other rank's, since DDP takes the plain mean over ranks.
+
+    What does not divide by the number of ranks is left for another epoch's order, and so is a last batch of one image a
+    rank: a batch norm cannot train on one value a channel, which one small image may come to.
+
+    Example:
+        >>> shares_of(7, 4, Ranks(1, 2)), shares_of(9, 4, Ranks())
+        ([range(1, 4, 2)], [range(0, 4), range(4, 8)])
+    """
+    batches = batches_of(number, size)
+    if len(batches) > 1 and len(batches[-1]) < 2 * ranks.world:
+        batches.pop()
+    return [batch[ranks.rank : len(batch) // ranks.world * ranks.world : ranks.world] for batch in batches]
+
+
+def loaded(data: Any, batches: Iterable[range], settings: Settings) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images and masks of each batch, on the device."""
+    loader = DataLoader(data, batch_sampler=batches, num_workers=settings.num_workers)  # type: ignore[arg-type]  # any iterable of places
+    for images, masks in loader:
+        yield images.to(settings.device), masks.to(settings.device)
