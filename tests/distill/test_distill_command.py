@@ -493,7 +493,7 @@ def test_synchronised_norms(data: Path) -> None:
     """With `--sync-batchnorm` student and teacher-to-be are converted before their blocks are found, which hold the norms."""
     words = ["distill", "--data", str(data), *SMALL_RUN, "--preset", "large", "--epochs", "9", "--sync-batchnorm"]
     args = make_parser().parse_args([*words, "--student-encoder", "tu-tf_efficientnet_lite0"])
-    settings = Settings(9, 1e-3, 4, 0, "cpu")
+    settings = Settings(1e-3, 4, 0, "cpu")
     wrapper, student = run._student(args, 3, settings, 16)
     for arm in (student, run._teacher(args, wrapper, settings)):
         norms = {m for m in arm.unet.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}

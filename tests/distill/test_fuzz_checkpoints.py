@@ -52,7 +52,7 @@ def parts_of(seed: int) -> Parts:
     optimizer = torch.optim.AdamW(new.unet.get_decoder_parameters(), lr=0.01)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 6)
     unfreezer = ProgressiveUnfreezer(new.blocks, optimizer, new.schedule, [scheduler], new.learning_rate_scale)
-    scaler = Settings(3, 0.01, 2, 0, "cpu").scaler()
+    scaler = Settings(0.01, 2, 0, "cpu").scaler()
     return {
         "unfreezer": unfreezer,
         "model": new.unet,
@@ -71,7 +71,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """The checkpoint of a run of the training loop, interrupted after its second epoch."""
     folder = tmp_path_factory.mktemp("run")
     (data,) = load_folders(write_images(folder, 4), image_size=16)
-    settings = Settings(epochs=3, lr=0.01, batch_size=2, seed=0, device="cpu")
+    settings = Settings(lr=0.01, batch_size=2, seed=0, device="cpu")
     with pytest.raises(InterruptedRunError):
         Training(arm(0), data, data, settings).run(folder, Interrupting())
     return (folder / "last.pth").read_bytes()

@@ -20,7 +20,7 @@ from unfreeze_sched.distill.command.arms import Settings
 from unfreeze_sched.distill.command.data import SegmentationData, load_sample
 from unfreeze_sched.distill.command.training import Training
 
-PLAIN = Settings(epochs=3, lr=0.01, batch_size=4, seed=0, device="cpu")
+PLAIN = Settings(lr=0.01, batch_size=4, seed=0, device="cpu")
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import re
 import uuid
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -29,25 +29,13 @@ class CheckpointError(ValueError):
 
 
 def load_segmentation_state(model: nn.Module, path: PathLike, *, what: str = "teacher") -> None:
-    """Load a segmentation model's weights from a file, all of them or none.
+    """Load a segmentation model's weights from a file, all of them or none; errors call the model by `what` it is.
 
     The file holds a state dict, or one under `state_dict` (Lightning) or `model_state_dict`; keys may stand behind
     `module.`, `model.`, `unet.` or `_orig_mod.`, nested in any order. Weights are cast to the model's dtype.
 
-    Args:
-        model: Built as the file's model was: same encoder, decoder and number of classes.
-        path: The file; no code in it is run.
-        what: How errors call the model.
-
     Raises:
         CheckpointError: The file cannot be read, or does not fit in every key and shape; `model` is unchanged.
-
-    Example:
-        >>> import tempfile
-        >>> model = nn.Sequential(nn.Conv2d(3, 1, 3))
-        >>> path = Path(tempfile.mkdtemp()) / "epoch=9.ckpt"
-        >>> torch.save({"epoch": 9, "state_dict": {f"model.{k}": v for k, v in model.state_dict().items()}}, path)
-        >>> load_segmentation_state(model, path)
     """
     _load(model, path, what, _WRAPPERS)
 
@@ -90,7 +78,7 @@ def save_atomically(obj: Any, path: PathLike) -> None:
 
 
 @contextmanager
-def replacing(path: PathLike) -> Iterator[IO[bytes]]:
+def replacing(path: PathLike, place: Callable[[Path, Path], object] = Path.replace) -> Iterator[IO[bytes]]:
     """A file to write, which takes the place of another in one step, once it is whole and on the disk.
 
     A link stays, and the file that it points to is replaced. Only a killed process leaves `.NAME.*.tmp` behind.
@@ -103,18 +91,12 @@ def replacing(path: PathLike) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(target)
+        place(temporary, target)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
             raise error.__context__ from None  # what torch's writer hides: a full disk
         raise
-    if os.name == "posix":  # the new name is on disk once its folder is; Windows cannot open a folder
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def refuse_misfits(state: State, expected: State, *, source: str, what: str) -> None:
@@ -211,18 +193,13 @@ def _read_state(path: PathLike) -> State:
             f"{path}: must hold a state dict, got values that are no tensors ({_few(others)}); "
             'save `model.state_dict()`, alone or under "state_dict"'
         )
-    # A parameter could not take them, and the others would be loaded by then.
-    if odd := [key for key, value in state.items() if not _is_plain(value)]:
+    odd = [k for k, v in state.items() if v.layout != torch.strided or v.is_meta or v.is_quantized or v.is_complex()]
+    if odd:  # a parameter could not take them, and the others would be loaded by then
         raise CheckpointError(
             f"{path}: must hold plain tensors of real numbers, got others ({_few(odd)}); "
             "save the model's own `state_dict()`"
         )
     return state
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether any parameter of the same shape can be filled from a tensor."""
-    return tensor.layout == torch.strided and not (tensor.is_meta or tensor.is_quantized or tensor.is_complex())
 
 
 def _prefix(state: State, own: State, parts: tuple[str, ...]) -> str:

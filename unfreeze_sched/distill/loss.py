@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812  # torch's own habit
 
 IGNORE_INDEX = 255
 """The mask value of pixels without a truth: no loss, no metric."""
@@ -23,15 +24,13 @@ class LossParts(NamedTuple):
 
 
 class DistillationLoss(nn.Module):
-    r"""Knowledge distillation for segmentation, binary or multi-class.
+    r"""Knowledge distillation for segmentation: loss = alpha * distill + (1 - alpha) * (dice + cross_entropy).
 
-    loss = alpha * distill + (1 - alpha) * (dice + cross_entropy)
-
-    distill = T^2 * mean over pixels of KL(softmax(teacher / T) || softmax(student / T)), where one channel stands for
-    two classes, the first with a logit of 0. Means are over the pixels that are not ignored, so an ignored pixel
-    changes no term; where all are ignored, the loss is 0. Dice and cross entropy come from
-    segmentation_models_pytorch; its Dice counts over the whole batch, a class without a true pixel contributes 0, and
-    of one channel's classes the second alone counts.
+    distill = T^2 * mean over pixels of KL(softmax(teacher / T) || softmax(student / T)), after Hinton, Vinyals and
+    Dean, "Distilling the Knowledge in a Neural Network", 2015. One channel stands for two classes, the first with a
+    logit of 0. Dice and cross entropy are segmentation_models_pytorch's; its Dice counts over the whole batch, a class
+    without a true pixel contributes 0, and of one channel's classes the second alone counts. Means are over the pixels
+    that are not ignored; where all are, the loss is 0.
 
     All is computed in float32, or in float64 where the student's logits are, under autocast too. The teacher gets no
     gradient. Each call checks the mask's values, which waits for the device once.
@@ -53,8 +52,6 @@ class DistillationLoss(nn.Module):
         >>> parts = loss.parts(student, teacher, torch.zeros(1, 4, 4, dtype=torch.int64))
         >>> [round(part.item(), 4) for part in parts]  # Dice 0.5 for the one class there, log(3)
         [0.6326, 0.0, 0.1667, 1.0986]
-
-    Source: Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", 2015, section 2, for T^2.
     """
 
     def __init__(self, alpha: float = 0.5, temperature: float = 2.0, ignore_index: int = IGNORE_INDEX) -> None:
@@ -105,7 +102,8 @@ class DistillationLoss(nn.Module):
             dice = self._dice_of_one
         counts = labels != self.ignore_index
         pixels = counts.sum().clamp_min(1)
-        divergence = _divergence(student / self.temperature, teacher / self.temperature)
+        q, p = ((each / self.temperature).log_softmax(1) for each in (student, teacher))
+        divergence = F.kl_div(q, p, reduction="none", log_target=True).sum(1)
         distillation = self.temperature**2 * (divergence * counts).sum() / pixels
         overlap, cross_entropy = dice(student, labels), self._cross_entropy(student, labels) / pixels
         total = self.alpha * distillation + (1 - self.alpha) * (overlap + cross_entropy)
@@ -152,9 +150,3 @@ class DistillationLoss(nn.Module):
 def _number(value: object) -> float:
     """A real number as float, and NaN for all else, so that one range check refuses both."""
     return float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
-
-
-def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(softmax(teacher) || softmax(student)) over channels: (B, C, H, W) twice to (B, H, W)."""
-    log_p, log_q = teacher.log_softmax(1), student.log_softmax(1)
-    return (log_p.exp() * (log_p - log_q)).sum(1)

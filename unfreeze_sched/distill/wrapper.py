@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,14 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from unfreeze_sched import (
-    Block,
-    MilestonePreset,
-    ProgressiveUnfreezer,
-    RatePreset,
-    UnfreezeSchedule,
-    encoder_blocks,
-)
+from unfreeze_sched import Block, MilestonePreset, ProgressiveUnfreezer, RatePreset, UnfreezeSchedule, encoder_blocks
 from unfreeze_sched._checks import as_count
 from unfreeze_sched.distill.checkpoints import PathLike, load_encoder_weights, load_segmentation_state
 from unfreeze_sched.model.freezing import freeze, unfreeze
@@ -98,8 +91,7 @@ class DistillationUNetWrapper(nn.Module):
         object.__setattr__(self, "teacher", teacher.eval().requires_grad_(False))
         self.student = build_unet(StudentUnet, student_encoder, classes)
         load_student_weights(self.student.encoder, student_encoder, student_weights)
-        self._blocks = encoder_blocks(self.student)
-        freeze_outside(self._blocks, self.student.encoder)
+        self._blocks = blocks_of(self.student)
         if progressive_unfreeze:
             for block in self._blocks:
                 freeze(block)
@@ -109,7 +101,7 @@ class DistillationUNetWrapper(nn.Module):
         """The blocks of the student's encoder, shallow to deep; found anew after a conversion, as to SyncBatchNorm."""
         modules = set(self.student.modules())
         if any(isinstance(member, nn.Module) and member not in modules for b in self._blocks for member in b.members):
-            self._blocks = encoder_blocks(self.student)
+            self._blocks = blocks_of(self.student)
         return self._blocks
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -144,9 +136,8 @@ class DistillationUNetWrapper(nn.Module):
             All trainable parameters of the encoder, whichever call unfroze them.
 
         Raises:
-            TypeError: `num_blocks` is no integer.
-            ValueError: `num_blocks` is out of range, schedulers are given without their optimizer, or the optimizer
-                refuses; then nothing has changed.
+            TypeError, ValueError: `num_blocks` is no integer or out of range, schedulers are given without their
+                optimizer, or the optimizer refuses; nothing has changed.
             RuntimeError: An accumulation is not over, as of the second call with an optimizer; likewise.
         """
         total = len(self.blocks)
@@ -157,11 +148,8 @@ class DistillationUNetWrapper(nn.Module):
             raise ValueError("`optimizer` must be given with `lr_schedulers`, got None; pass the one that they drive")
         preset = MilestonePreset(milestones={0: num_blocks}, learning_rate_scale=learning_rate_scale)
         if optimizer is None:
-            frozen = total - num_blocks
-            for block in self._blocks[:frozen]:
-                freeze(block)
-            for block in self._blocks[frozen:]:
-                unfreeze(block)
+            for depth, block in enumerate(reversed(self._blocks)):
+                (unfreeze if depth < num_blocks else freeze)(block)
         else:  # one epoch with this number: the idempotent step of the library, with no schedule of its own
             schedule = UnfreezeSchedule(preset=preset, total_blocks=total, total_epochs=1)
             unfreezer = ProgressiveUnfreezer(self._blocks, optimizer, schedule, lr_schedulers)
@@ -191,11 +179,12 @@ def build_unet(unet: type[nn.Module], encoder: str, classes: int) -> Any:
         ) from error
 
 
-def freeze_outside(blocks: Iterable[Block], encoder: nn.Module) -> None:
-    """Freeze the parameters of an encoder that are in no block: its forward never uses them, and DDP would wait."""
-    inside = {parameter for block in blocks for parameter in block.parameters()}
-    for parameter in set(encoder.parameters()) - inside:
+def blocks_of(unet: Any) -> tuple[Block, ...]:
+    """The blocks of a Unet's encoder; what is in none, since its forward never uses it, is frozen: DDP would wait."""
+    blocks = encoder_blocks(unet)
+    for parameter in set(unet.encoder.parameters()).difference(*(block.parameters() for block in blocks)):
         parameter.requires_grad_(False)
+    return blocks
 
 
 def load_student_weights(encoder: nn.Module, name: str, weights: PathLike | None) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +25,6 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class Settings:
     """What is the same for every arm of a run."""
 
-    epochs: int
     lr: float  # of decoder and head; it follows one cosine to 0 over all steps
     batch_size: int  # images, of all ranks together
     seed: int  # of the data order, the augmentation, the first weights and what a network draws
@@ -36,10 +34,10 @@ class Settings:
     gradient_clip: float | None = None  # the largest norm of a step's gradients, all parameters together
     num_workers: int = 0  # processes that read images ahead
 
-    def autocast(self) -> AbstractContextManager[Any]:
+    def autocast(self) -> torch.autocast:
         """Within it, forward passes are computed in the precision."""
-        kind = torch.device(self.device).type
-        return nullcontext() if self.precision == "fp32" else torch.autocast(kind, _DTYPES[self.precision])
+        dtype = _DTYPES.get(self.precision)
+        return torch.autocast(torch.device(self.device).type, dtype, enabled=dtype is not None)
 
     def scaler(self) -> torch.amp.GradScaler:
         """Keeps the gradients of fp16 from vanishing; does nothing in another precision."""
@@ -74,33 +72,26 @@ class Arm:
     guard: OverfitGuard | None = None
 
 
-class Imitating(nn.Module):
+class Imitating(nn.Sequential):
     """A forward pass for a network without a teacher: it is its own, which leaves the task's loss."""
-
-    def __init__(self, unet: nn.Module) -> None:
-        super().__init__()
-        self.unet = unet
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits, and the same without graph."""
-        logits = self.unet(images)
+        logits = self[0](images)
         return logits, logits.detach()
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Loss and mean intersection over union of one data set."""
+    """Of one data set."""
 
     loss: float
-    miou: float
+    miou: float  # mean intersection over union
 
 
 @torch.no_grad()
 def evaluate(arm: Arm, data: SegmentationData, settings: Settings, ranks: Ranks = ALONE) -> Evaluation:
-    """Loss, by image, and mean intersection over union on a data set; leaves the network in evaluation mode.
-
-    Each of several ranks, all calling this, takes some of the batches, and all get what one process gets.
-    """
+    """Loss, by image, and mean IoU of a network, left in evaluation mode; ranks share the batches and get the same."""
     arm.unet.eval()
     classes = max(data.classes, 2)  # one channel tells two apart
     total, pixels = torch.zeros(1, dtype=torch.float64), torch.zeros(3, classes, dtype=torch.float64)
@@ -121,12 +112,7 @@ def pixel_counts(logits: Tensor, masks: Tensor, classes: int) -> Tensor:
 
 
 def mean_iou(counts: Tensor) -> float:
-    """Mean over classes of hits / (hits + false alarms + misses), of which those that are 0 / 0 are left out.
-
-    Example:
-        >>> mean_iou(torch.tensor([[1, 2, 0], [1, 0, 0], [0, 1, 0]]))
-        0.5833333333333333
-    """
+    """Mean over classes of hits / (hits + false alarms + misses), of which those that are 0 / 0 are left out."""
     hits, alarms, misses = counts.double()
     return float((hits / (hits + alarms + misses)).nanmean())
 
@@ -146,10 +132,6 @@ def shares_of(number: int, size: int, ranks: Ranks) -> list[range]:
 
     What does not divide by the number of ranks is left for another epoch's order, and so is a last batch of one image a
     rank: a batch norm cannot train on one value a channel, which one small image may come to.
-
-    Example:
-        >>> shares_of(7, 4, Ranks(1, 2)), shares_of(9, 4, Ranks())
-        ([range(1, 4, 2)], [range(0, 4), range(4, 8)])
     """
     batches = batches_of(number, size)
     if len(batches) > 1 and len(batches[-1]) < 2 * ranks.world:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
@@ -82,12 +80,10 @@ class Ranks:
 ALONE = Ranks()
 
 
-@contextmanager
-def joined() -> Iterator[Ranks]:
-    """This process among its ranks: alone, or in a process group where torchrun started several."""
+def joined() -> Ranks:
+    """This process among its ranks: alone, or, until it ends, in a process group where torchrun started several."""
     if is_launched_alone():
-        yield ALONE
-        return
+        return ALONE
     if missing := [name for name in _NEEDED if not os.environ.get(name, "").strip()]:
         raise ValueError(
             f"the environment must be torchrun's where WORLD_SIZE is {os.environ['WORLD_SIZE']}, got no {missing[0]}; "
@@ -99,18 +95,12 @@ def joined() -> Iterator[Ranks]:
     distributed.init_process_group(
         "cpu:gloo,cuda:nccl" if on_cuda else "gloo", store=_store(), rank=ranks.rank, world_size=ranks.world
     )
-    # After a failure the others may never come to the end that this would wait for.
-    yield ranks
-    if torch.__version__ >= "2.8":  # on 2.6 gloo waits in it for good now and then; `__main__.leave` needs it not
-        distributed.destroy_process_group()
+    return ranks
 
 
 @cache
 def first_to_fail() -> bool:
-    """Whether no other rank has failed before this one, so that it is the one to say why.
-
-    A rank whose fellow has ended fails too, and wrong input makes all of them fail: one voice is enough.
-    """
+    """Whether this rank is the one to say why: its fellows fail of the same input, or of its end."""
     try:
         return bool(_store().add("unfreeze_sched/failed", 1) == 1)
     except (RuntimeError, ValueError):  # the store went with the rank that kept it, or there never was one

@@ -10,7 +10,6 @@ from typing import Any
 
 import matplotlib as mpl
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -38,43 +37,37 @@ def around_transitions(records: Sequence[EpochRecord]) -> dict[int, tuple[float,
 def phase_table(records: Sequence[EpochRecord], title: str) -> str:
     """The title, and a row for each number of unfrozen blocks that an arm trained with.
 
-    In it epochs, 0-based and inclusive; blocks; learning rates at the phase's start, of the head and the highest of a
-    block; mean training loss; validation loss before the transition and after the first epoch since; validation mIoU at
-    the end, and its change over the phase before in points; seconds an epoch; MiB that the first step kept for
-    backward, and the device's peak where it is known.
+    Learning rates are those at the phase's start, of the head and the highest of a block; losses those of validation
+    before the transition and after the first epoch since; mIoU that of validation at the end, and its change in points;
+    seconds are an epoch's; MiB those that a step keeps for backward, and the device's peak where it is known.
     """
     rows, before = [], None
     for _, group in groupby(records, key=lambda record: record.blocks):
         epochs = tuple(group)
-        rows.append(_cells(epochs, before))
-        before = epochs[-1]
+        first, last = epochs[0], epochs[-1]
+        encoder = [rate for name, rate in first.learning_rates.items() if name != "head"][: first.blocks]
+        peak = max(record.peak_bytes or 0 for record in epochs)
+        cells = [
+            str(first.epoch) if first is last else f"{first.epoch}-{last.epoch}",
+            f"{first.blocks}",
+            f"{first.learning_rates['head']:.1e}",
+            f"{max(encoder):.1e}" if encoder else "-",
+            f"{sum(record.train_loss for record in epochs) / len(epochs):.3f}",
+            f"{before.validation_loss:.3f}>{first.validation_loss:.3f}" if before else "",
+            f"{100 * last.validation_miou:.1f}",
+            f"{100 * (last.validation_miou - before.validation_miou):+.1f}" if before else "",
+            f"{sum(record.seconds for record in epochs) / len(epochs):.1f}",
+            f"{last.saved_bytes / 2**20:.0f}" + (f"/{peak / 2**20:.0f}" if peak else ""),
+        ]
+        rows.append(cells)
+        before = last
     return f"{title}\n{columns(_COLUMNS, rows, right=_COLUMNS, gap=1)}"
-
-
-def _cells(epochs: Sequence[EpochRecord], before: EpochRecord | None) -> list[str]:
-    first, last = epochs[0], epochs[-1]
-    encoder = [rate for name, rate in first.learning_rates.items() if name != "head"][: first.blocks]
-    peak = max(record.peak_bytes or 0 for record in epochs)
-    return [
-        str(first.epoch) if first is last else f"{first.epoch}-{last.epoch}",
-        f"{first.blocks}",
-        f"{first.learning_rates['head']:.1e}",
-        f"{max(encoder):.1e}" if encoder else "-",
-        f"{sum(record.train_loss for record in epochs) / len(epochs):.3f}",
-        f"{before.validation_loss:.3f}>{first.validation_loss:.3f}" if before else "",
-        f"{100 * last.validation_miou:.1f}",
-        f"{100 * (last.validation_miou - before.validation_miou):+.1f}" if before else "",
-        f"{sum(record.seconds for record in epochs) / len(epochs):.1f}",
-        f"{last.saved_bytes / 2**20:.0f}" + (f"/{peak / 2**20:.0f}" if peak else ""),
-    ]
 
 
 def draw_report(path: Path, runs: dict[str, Training], examples: SegmentationData) -> None:
     """Draw the student, the frozen one beside it where it is there, and a few examples with truth and prediction."""
     student = runs["student"]
-    # No pyplot, whose global state belongs to the caller.
-    figure = Figure(figsize=(12, 11), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = Figure(figsize=(12, 11), layout="constrained")  # no pyplot, whose global state belongs to the caller
     grid = figure.add_gridspec(5, _SHOWN_IMAGES, height_ratios=[1.3, 1.1, 0.8, 0.8, 0.8])
     _draw_blocks(figure, figure.add_subplot(grid[0, :]), student)
     half = _SHOWN_IMAGES // 2

@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import fields, replace
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from timm.layers import convert_sync_batchnorm
 
-from unfreeze_sched import Block, MilestonePreset, UnfreezeSchedule, encoder_blocks
+from unfreeze_sched import Block, MilestonePreset, UnfreezeSchedule
 from unfreeze_sched.distill.checkpoints import replacing, save_atomically
 from unfreeze_sched.distill.command.arguments import preset_from
 from unfreeze_sched.distill.command.arms import Arm, Imitating, Settings, evaluate
@@ -30,7 +29,7 @@ from unfreeze_sched.distill.command.runfolder import as_begun, check_output, cla
 from unfreeze_sched.distill.command.runlog import RunLog, say, tensorboard_writer, warn, warnings_in_one_line
 from unfreeze_sched.distill.command.training import Training
 from unfreeze_sched.distill.loss import DistillationLoss
-from unfreeze_sched.distill.wrapper import LATER, DistillationUNetWrapper, StudentUnet, build_unet, freeze_outside
+from unfreeze_sched.distill.wrapper import LATER, DistillationUNetWrapper, StudentUnet, blocks_of, build_unet
 from unfreeze_sched.guards import OverfitGuard
 from unfreeze_sched.parallel import agreed
 
@@ -45,57 +44,48 @@ def run(args: argparse.Namespace, words: Sequence[str]) -> None:
         ValueError, OSError, ModuleNotFoundError: With one line that says what was wrong and what to do; nothing was
             written where something was refused.
     """
-    with joined() as ranks, warnings_in_one_line(ranks), ExitStack() as stack:
-        _run(args, words, ranks, stack)
-
-
-def _run(args: argparse.Namespace, words: Sequence[str], ranks: Ranks, stack: ExitStack) -> None:
-    begin, tell = time.perf_counter(), partial(say, ranks=ranks)
-    resumed = None if args.resume is None else Path(args.resume)
-    if ranks.leads:  # the folder is looked at by the one that is about to write there
-        if resumed is None:
-            check_output(args.output)
-        else:
-            args = as_begun(args, resumed)
-            stack.enter_context(held(resumed))
-    args = agreed(args)
-    if args.tensorboard:
-        tensorboard_writer()
-    settings = _settings(args, ranks)
-    training, validation, test = data_of(args, tell)
-    _refuse_many_ranks(settings.batch_size, len(training), ranks)
-    n_images = len(training) + (len(validation) if args.val is None else 0)
-    wrapper, student = _student(args, classes_for(args.teacher, training), settings, n_images)
-    arms = {"student": student}
-    if args.compare_frozen:
-        arms["frozen"] = _frozen_twin(wrapper, student)
-    if args.teacher is None:
-        arms = {"teacher": _teacher(args, wrapper, settings), **arms}
-    own = {"teacher": replace(settings, epochs=args.teacher_epochs or settings.epochs)}
-    runs = {
-        name: Training(
-            arm, training, validation, own.get(name, settings), ranks, resumed and resumed / name / "last.pth"
+    begin, ranks = time.perf_counter(), joined()
+    with warnings_in_one_line(ranks), ExitStack() as stack:
+        resumed = None if args.resume is None else Path(args.resume)
+        if ranks.leads:  # the folder is looked at by the one that is about to write there
+            if resumed is None:
+                check_output(args.output)
+            else:
+                args = as_begun(args, resumed)
+                stack.enter_context(held(resumed))
+        args = agreed(args)
+        if args.tensorboard:
+            tensorboard_writer()
+        settings = _settings(args, ranks)
+        training, validation, test = data_of(args, say)
+        _refuse_many_ranks(settings.batch_size, len(training), ranks)
+        n_images = len(training) + (len(validation) if args.val is None else 0)
+        wrapper, student = _student(args, classes_for(args.teacher, training), settings, n_images)
+        arms = [student, _frozen_twin(wrapper, student)] if args.compare_frozen else [student]
+        if args.teacher is None:
+            arms.insert(0, _teacher(args, wrapper, settings))
+        runs = {
+            arm.name: Training(arm, training, validation, settings, ranks, resumed and resumed / arm.name / "last.pth")
+            for arm in arms
+        }
+        # All that can be refused has been, before a teacher is trained for nothing; only now something is written.
+        output = resumed or agreed(claim(args.output, words, inputs_of(args)) if ranks.leads else None)
+        if ranks.leads and not resumed:
+            stack.enter_context(held(output))
+        say(
+            f"{n_images} training images, {len(validation)} {'of them ' if args.val is None else ''}for validation, "
+            f"{len(test)} for the test; {training.classes} classes; {settings.device}"
+            f"{f', {ranks.world} ranks' if ranks.world > 1 else ''}; into {output}"
         )
-        for name, arm in arms.items()
-    }
-    # All that can be refused has been, before a teacher is trained for nothing; only now something is written.
-    output = resumed or agreed(claim(args.output, words, inputs_of(args)) if ranks.leads else None)
-    if ranks.leads and not resumed:
-        stack.enter_context(held(output))
-    tell(
-        f"{n_images} training images, {len(validation)} {'of them ' if args.val is None else ''}for validation, "
-        f"{len(test)} for the test; {training.classes} classes; {settings.device}"
-        f"{f', {ranks.world} ranks' if ranks.world > 1 else ''}; into {output}"
-    )
-    for line in _forecast(student.blocks, student.schedule):
-        tell(line)
-    if student.guard is not None and ranks.leads:
-        _warn_of_patience(student.guard.patience, student.schedule)
-    with RunLog(output, ranks, events=args.tensorboard) as log:
-        _train(runs, wrapper, output, ranks, log)
-    runs.pop("teacher", None)
-    _show(runs, test, output, ranks)
-    tell(f"{output / 'report.png'} shows the run; {time.perf_counter() - begin:.0f} s in all")
+        for line in _forecast(student.blocks, student.schedule):
+            say(line)
+        if student.guard is not None and ranks.leads:
+            _warn_of_patience(student.guard.patience, student.schedule)
+        with RunLog(output, events=args.tensorboard) as log:
+            _train(runs, wrapper, output, ranks, log)
+        runs.pop("teacher", None)
+        _show(runs, test, output, ranks)
+        say(f"{output / 'report.png'} shows the run; {time.perf_counter() - begin:.0f} s in all")
 
 
 def _train(
@@ -123,11 +113,11 @@ def _show(runs: dict[str, Training], test: SegmentationData, output: Path, ranks
         return
     result: dict[str, Any] = {}
     for name, each in runs.items():
-        say(phase_table(each.records, f"{name}: loss and mIoU on the validation part"), ranks)
+        say(phase_table(each.records, f"{name}: loss and mIoU on the validation part"))
         if each.held:
-            say(f"{name}: {each.held}", ranks)
+            say(f"{name}: {each.held}")
     for name, score in scores.items():
-        say(f"test part, {len(test)} images, {name}: loss {score.loss:.3f}, mIoU {100 * score.miou:.1f} %", ranks)
+        say(f"test part, {len(test)} images, {name}: loss {score.loss:.3f}, mIoU {100 * score.miou:.1f} %")
         result[name] = {"test_loss": score.loss, "test_miou": score.miou, **_told(runs[name])}
     with replacing(output / "result.json") as file:
         file.write(json.dumps(result, indent=2).encode())
@@ -167,9 +157,9 @@ def _teacher(args: argparse.Namespace, wrapper: DistillationUNetWrapper, setting
     if args.sync_batchnorm:
         convert_sync_batchnorm(unet)
     unet.to(settings.device)
-    blocks = encoder_blocks(unet)
-    freeze_outside(blocks, unet.encoder)
-    schedule, loss = _constant(len(blocks), len(blocks)), DistillationLoss(alpha=0.0)
+    blocks = blocks_of(unet)
+    schedule = _constant(len(blocks), len(blocks), args.teacher_epochs or args.epochs)
+    loss = DistillationLoss(alpha=0.0)
     return Arm("teacher", unet, Imitating(unet), blocks, schedule, _TEACHER_SCALE, args.norms, loss)
 
 
@@ -201,9 +191,9 @@ def _student(
     wrapper.to(settings.device)
     blocks, guard = wrapper.blocks, None
     if preset is None:  # as in the guide, the encoder trains from the start
-        schedule, scale = _constant(len(blocks), len(blocks)), args.learning_rate_scale or 1.0
+        schedule, scale = _constant(len(blocks), len(blocks), args.epochs), args.learning_rate_scale or 1.0
     else:
-        schedule = UnfreezeSchedule(preset=preset, total_blocks=len(blocks), total_epochs=settings.epochs)
+        schedule = UnfreezeSchedule(preset=preset, total_blocks=len(blocks), total_epochs=args.epochs)
         scale = preset.learning_rate_scale
     if args.guard_patience is not None:
         guard = OverfitGuard(args.guard_patience, model=unet if args.guard_restore else None)
@@ -213,13 +203,14 @@ def _student(
 def _frozen_twin(wrapper: DistillationUNetWrapper, student: Arm) -> Arm:
     """The same student before its training, whose encoder stays frozen; it shares the teacher."""
     twin = copy.deepcopy(wrapper, {id(wrapper.teacher): wrapper.teacher})
-    own = {"unet": twin.student, "forward": twin, "blocks": twin.blocks, "schedule": _constant(0, len(twin.blocks))}
+    schedule = _constant(0, len(twin.blocks), student.schedule.total_epochs)
+    own = {"unet": twin.student, "forward": twin, "blocks": twin.blocks, "schedule": schedule}
     return replace(student, name="frozen", guard=None, **own)
 
 
-def _constant(number: int, total: int) -> UnfreezeSchedule:
+def _constant(number: int, total: int, epochs: int) -> UnfreezeSchedule:
     """The same number of blocks at every epoch."""
-    return UnfreezeSchedule(preset=MilestonePreset(milestones={0: number}), total_blocks=total, total_epochs=1)
+    return UnfreezeSchedule(preset=MilestonePreset(milestones={0: number}), total_blocks=total, total_epochs=epochs)
 
 
 def _forecast(blocks: tuple[Block, ...], schedule: UnfreezeSchedule) -> Iterator[str]:

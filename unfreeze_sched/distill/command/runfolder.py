@@ -7,18 +7,20 @@ import errno
 import hashlib
 import os
 import time
-import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import chain, count
 from pathlib import Path
 from typing import NoReturn
 
 from unfreeze_sched._checks import FrozenModel, listed
+from unfreeze_sched.distill.checkpoints import replacing
 from unfreeze_sched.distill.command.arguments import add_arguments
 
 _FILE = "arguments.json"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _CLOSED = {errno.EACCES, errno.EPERM, errno.EROFS}
+_UNFINISHED = {".tmp", ".partial"}
 
 Inputs = dict[str, str]
 """What a run reads: a file, by its flag and its path below -> its size and its content's hash."""
@@ -77,7 +79,8 @@ def rooted(args: argparse.Namespace, folder: str) -> argparse.Namespace:
 def check_output(name: str | None) -> None:
     """See that a run can be begun in a folder; nothing is made."""
     folder = Path(name or "runs")
-    if name and folder.exists() and not (folder.is_dir() and all(map(_is_left_over, folder.iterdir()))):
+    # Unfinished files, which a killed process left, take no folder.
+    if name and folder.exists() and (not folder.is_dir() or any(p.suffix not in _UNFINISHED for p in folder.iterdir())):
         raise ValueError(
             f"`--output` must be a new or empty folder, got {folder}; name another, nothing is overwritten"
         )
@@ -88,45 +91,29 @@ def check_output(name: str | None) -> None:
         )
 
 
-def _is_left_over(path: Path) -> bool:
-    """Whether a killed process left a file that it had not finished."""
-    return path.is_file() and path.suffix in {".tmp", ".partial"}
-
-
 def claim(name: str | None, words: Sequence[str], inputs: Inputs) -> Path:
     """Make a run's folder, for this process alone; its name, where none is given, is the time."""
-    content = _Begun(words=tuple(words), folder=str(Path.cwd()), inputs=inputs).model_dump_json(indent=1)
-    begin, attempt = time.strftime("%Y%m%d-%H%M%S"), 1
-    while True:
-        folder = Path(name or f"runs/{begin}{f'-{attempt}' if attempt > 1 else ''}")
-        try:
-            with in_words(folder):
-                folder.mkdir(parents=True, exist_ok=True)
-                _create(folder / _FILE, content)
-        except FileExistsError:
-            if name:
-                raise ValueError(
-                    f"`--output` must be a new or empty folder, got {folder}, which another run took; name another"
-                ) from None
-            attempt += 1
-        else:
-            return folder
-
-
-def _create(path: Path, content: str) -> None:
-    """Write a new file that is whole from its first moment; of two processes one gets a FileExistsError."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        temporary.write_text(content, encoding="utf-8")
-        try:
-            os.link(temporary, path)
-        except FileExistsError:
-            raise
-        except OSError:  # a file system without hard links; on any other the next line fails, too
-            with path.open("x", encoding="utf-8") as file:
+    content = _Begun(words=tuple(words), folder=str(Path.cwd()), inputs=inputs).model_dump_json(indent=1).encode()
+    begin = f"runs/{time.strftime('%Y%m%d-%H%M%S')}"
+    for folder in map(Path, [name] if name else chain([begin], (f"{begin}-{number}" for number in count(2)))):
+        with in_words(folder), suppress(FileExistsError):
+            folder.mkdir(parents=True, exist_ok=True)
+            with replacing(folder / _FILE, _name) as file:
                 file.write(content)
-    finally:
-        temporary.unlink(missing_ok=True)
+            return folder
+    raise ValueError(f"`--output` must be a new or empty folder, got {name}, which another run took; name another")
+
+
+def _name(temporary: Path, path: Path) -> None:
+    """Give a whole file a name that no other has; of two processes one gets a FileExistsError."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links; on any other the next line fails, too
+        with path.open("xb") as file:
+            file.write(temporary.read_bytes())
+    temporary.unlink()
 
 
 def saved_run(output: Path) -> tuple[argparse.Namespace, Inputs]:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from unfreeze_sched._checks import FrozenModel, plain
 from unfreeze_sched.distill.command.ranks import Ranks
+from unfreeze_sched.parallel import speaks
 
 
 class EpochRecord(FrozenModel):
@@ -31,6 +32,18 @@ class EpochRecord(FrozenModel):
     seconds: float  # of the training steps alone
     saved_bytes: int  # that the first batch of this number of blocks kept for backward, on rank 0
     peak_bytes: int | None  # of the device's memory, where it reports one; likewise
+
+
+def say(text: str) -> None:
+    """Text on standard output, above the bar; rank 0 alone says it."""
+    if speaks():
+        tqdm.write("\n".join(map(plain, text.split("\n"))))
+        sys.stdout.flush()
+
+
+def warn(text: str) -> None:
+    """A warning, as a line on standard error."""
+    tqdm.write(f"unfreeze-sched: warning: {plain(' '.join(text.split()))}", file=sys.stderr)
 
 
 def tensorboard_writer() -> Any:
@@ -51,17 +64,19 @@ class RunLog(ExitStack):
     A resumed run tells its past anew, from the checkpoints' records, so each epoch stands in the files once.
     """
 
-    def __init__(self, output: Path, ranks: Ranks, *, events: bool) -> None:
+    tell = staticmethod(say)
+
+    def __init__(self, output: Path, *, events: bool) -> None:
         super().__init__()
-        self._output, self._ranks, self._events = output, ranks, events and ranks.leads
-        metrics = output / "metrics.jsonl" if ranks.leads else Path(os.devnull)
+        self._output, self._events = output, events and speaks()
+        metrics = output / "metrics.jsonl" if speaks() else Path(os.devnull)
         self._metrics = self.enter_context(metrics.open("w", encoding="utf-8"))
         self._arm = self.enter_context(ExitStack())
 
     def begin(self, name: str, steps: int, done: int) -> None:
         """A new arm, of so many steps, some of which an interrupted process has done."""
         self._arm.close()
-        silent = None if self._ranks.leads else True  # None shows it on a terminal alone
+        silent = None if speaks() else True  # None shows it on a terminal alone
         bar = tqdm(desc=name, total=steps, initial=done, leave=False, disable=silent)
         self._bar, self._board = self._arm.enter_context(bar), None
         if self._events:
@@ -72,10 +87,6 @@ class RunLog(ExitStack):
     def step(self) -> None:
         """One optimizer step was taken."""
         self._bar.update()
-
-    def tell(self, line: str) -> None:
-        """Something about the run, in one line."""
-        say(line, self._ranks)
 
     def epoch(self, record: EpochRecord) -> None:
         """An epoch is over."""
@@ -94,19 +105,6 @@ class RunLog(ExitStack):
             self._board.flush()
         figures = f"loss {record.train_loss:.3f}, mIoU {100 * record.validation_miou:.1f} %"
         self._bar.set_description(f"{record.arm}, epoch {record.epoch}: {figures}")
-
-
-def say(text: str, ranks: Ranks) -> None:
-    """Text on standard output, above the bar; rank 0 alone says it."""
-    if ranks.leads:
-        with tqdm.external_write_mode():
-            print("\n".join(map(plain, text.split("\n"))), flush=True)  # noqa: T201  # a command's voice
-
-
-def warn(text: str) -> None:
-    """A warning, as a line on standard error."""
-    with tqdm.external_write_mode():
-        print(f"unfreeze-sched: warning: {plain(' '.join(text.split()))}", file=sys.stderr, flush=True)  # noqa: T201  # a command's voice
 
 
 @contextmanager

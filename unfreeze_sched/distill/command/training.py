@@ -48,7 +48,8 @@ class Training:
         arm, settings = self.arm, self.settings
         self._device = torch.device(settings.device)
         self._batches = shares_of(len(self.data), settings.batch_size, self.ranks)
-        self.steps = settings.epochs * -(-len(self._batches) // settings.accumulate)
+        self.epochs = arm.schedule.total_epochs
+        self.steps = self.epochs * -(-len(self._batches) // settings.accumulate)
         self._optimizer = torch.optim.AdamW(arm.unet.get_decoder_parameters(), lr=settings.lr)
         self._scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self._optimizer, self.steps)
         self._scaler = settings.scaler()
@@ -71,7 +72,7 @@ class Training:
         }
         checkpoint = self.checkpoint
         self.records = restore(self.parts, checkpoint) if checkpoint and checkpoint.exists() else []
-        self.done = len(self.records) * self.steps // settings.epochs  # steps of an interrupted process
+        self.done = len(self.records) * self.steps // self.epochs  # steps of an interrupted process
 
     @property
     def held(self) -> str:
@@ -86,7 +87,7 @@ class Training:
         for record in records:
             log.epoch(record)
         module = arm.forward
-        for epoch in range(len(records), self.settings.epochs):
+        for epoch in range(len(records), self.epochs):
             draws = np.random.SeedSequence([seed, epoch, 1 + self.ranks.rank])
             torch.manual_seed(int(draws.generate_state(1, np.uint64)[0]))
             head = self._optimizer.state.get(self._optimizer.param_groups[0]["params"][0], {})
@@ -182,11 +183,7 @@ class Training:
 
 
 def restore(parts: Mapping[str, Any], path: Path) -> list[EpochRecord]:
-    """Load a checkpoint's states into a run's parts, each once it has the run's own names and shapes.
-
-    Raises:
-        CheckpointError: It is damaged, or of another run; `parts` are then of no more use.
-    """
+    """Load a checkpoint's states into a run's parts, which after a CheckpointError are of no more use."""
     saved = read_checkpoint(path)
     if not isinstance(saved, dict) or set(saved) != {*parts, "records"}:
         raise CheckpointError(
