@@ -38,9 +38,8 @@ from unfreeze_sched.cli import main  # noqa: E402  # likewise
 from unfreeze_sched.distill import checkpoints  # noqa: E402  # likewise
 from unfreeze_sched.distill.checkpoints import CheckpointError, load_segmentation_state, read_checkpoint  # noqa: E402  # likewise
 from unfreeze_sched.distill.command import training  # noqa: E402  # likewise
-from unfreeze_sched.distill.command.arms import Settings  # noqa: E402  # likewise
 from unfreeze_sched.distill.command.data import load_folders  # noqa: E402  # likewise
-from unfreeze_sched.distill.command.training import Training  # noqa: E402  # likewise
+from unfreeze_sched.distill.command.training import Settings, Training  # noqa: E402  # likewise
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch.serialization")
 Parts = dict[str, Any]
@@ -51,7 +50,7 @@ def parts_of(seed: int) -> Parts:
     new = arm(seed)
     optimizer = torch.optim.AdamW(new.unet.get_decoder_parameters(), lr=0.01)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 6)
-    unfreezer = ProgressiveUnfreezer(new.blocks, optimizer, new.schedule, [scheduler], new.learning_rate_scale)
+    unfreezer = ProgressiveUnfreezer(new.blocks, optimizer, new.schedule, [scheduler])
     scaler = Settings(0.01, 2, 0, "cpu").scaler()
     return {
         "unfreezer": unfreezer,

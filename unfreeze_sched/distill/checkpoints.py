@@ -56,7 +56,10 @@ def _load(model: nn.Module, path: PathLike, what: str, parts: tuple[str, ...]) -
         state = {key: value for key, value in state.items() if key.startswith(prefix)}
     # A key outside the prefix keeps its full name, and so shows up as one that does not fit.
     state = {key.removeprefix(prefix): value for key, value in state.items()}
-    state = {key: value for key, value in state.items() if key in own or not _discards(model, key, value)}
+    more = {key: value.to("meta") for key, value in state.items() if key not in own}
+    with suppress(RuntimeError):  # its class drops what it discards, as smp's encoders do with their classifier
+        model.load_state_dict(more)
+    state = {key: value for key, value in state.items() if key in own or key in more}
     refuse_misfits(state, own, source=str(path), what=what)
     model.load_state_dict(state)
 
@@ -215,11 +218,3 @@ def _prefix(state: State, own: State, parts: tuple[str, ...]) -> str:
         return sum(key.startswith(prefix) and key[len(prefix) :] in own for key in state)
 
     return max(sorted(prefixes, key=len), key=fitting)
-
-
-def _discards(model: nn.Module, key: str, value: Tensor) -> bool:
-    """Whether the model's class itself drops `key` on loading, as smp's encoders do with their classifier's."""
-    probe = {key: value.to("meta")}
-    with suppress(RuntimeError):  # strict, and nearly all keys are missing; the classes differ in what else they take
-        model.load_state_dict(probe)
-    return not probe

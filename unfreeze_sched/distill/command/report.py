@@ -15,10 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from unfreeze_sched._checks import columns
-from unfreeze_sched.distill.command.arms import predicted_classes
 from unfreeze_sched.distill.command.data import SegmentationData
 from unfreeze_sched.distill.command.runlog import EpochRecord
-from unfreeze_sched.distill.command.training import Training
+from unfreeze_sched.distill.command.training import Training, predicted_classes
 from unfreeze_sched.history import draw_rows
 
 _COLUMNS = ("epochs", "blocks", "lr head", "lr enc.", "loss", "val. loss", "mIoU %", "change", "s", "MiB kept")
@@ -123,8 +122,6 @@ def _draw_predictions(figure: Figure, grid: Any, training: Training, examples: S
             # Of an image's own colours matplotlib asks for no map.
             axes.imshow(picture.numpy(), cmap=colours, vmin=0, vmax=colours.N - 1, interpolation="nearest")
             axes.set(xticks=[], yticks=[], ylabel="" if column else title)
-    handles = [
-        mpl.patches.Patch(color=colours(index), label=name)
-        for index, name in enumerate(examples.class_names[: colours.N])
-    ]
+    names = examples.class_names[: colours.N]
+    handles = [mpl.patches.Patch(color=colours(index), label=name) for index, name in enumerate(names)]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 10), frameon=False)

@@ -19,7 +19,6 @@ from timm.layers import convert_sync_batchnorm
 from unfreeze_sched import Block, MilestonePreset, UnfreezeSchedule
 from unfreeze_sched.distill.checkpoints import replacing, save_atomically
 from unfreeze_sched.distill.command.arguments import preset_from
-from unfreeze_sched.distill.command.arms import Arm, Imitating, Settings, evaluate
 from unfreeze_sched.distill.command.data import SegmentationData
 from unfreeze_sched.distill.command.imagenet import load_first_weights
 from unfreeze_sched.distill.command.inputs import classes_for, data_of
@@ -27,7 +26,7 @@ from unfreeze_sched.distill.command.ranks import Ranks, joined
 from unfreeze_sched.distill.command.report import around_transitions, draw_report, phase_table
 from unfreeze_sched.distill.command.runfolder import as_begun, check_output, claim, held, inputs_of
 from unfreeze_sched.distill.command.runlog import RunLog, say, tensorboard_writer, warn, warnings_in_one_line
-from unfreeze_sched.distill.command.training import Training
+from unfreeze_sched.distill.command.training import Arm, Imitating, Settings, Training, evaluate
 from unfreeze_sched.distill.loss import DistillationLoss
 from unfreeze_sched.distill.wrapper import LATER, DistillationUNetWrapper, StudentUnet, blocks_of, build_unet
 from unfreeze_sched.guards import OverfitGuard
@@ -111,14 +110,15 @@ def _show(runs: dict[str, Training], test: SegmentationData, output: Path, ranks
     scores = {name: evaluate(each.arm, test, each.settings, ranks) for name, each in runs.items()}
     if not ranks.leads:
         return
-    result: dict[str, Any] = {}
     for name, each in runs.items():
         say(phase_table(each.records, f"{name}: loss and mIoU on the validation part"))
         if each.held:
             say(f"{name}: {each.held}")
     for name, score in scores.items():
         say(f"test part, {len(test)} images, {name}: loss {score.loss:.3f}, mIoU {100 * score.miou:.1f} %")
-        result[name] = {"test_loss": score.loss, "test_miou": score.miou, **_told(runs[name])}
+    result = {
+        name: {"test_loss": score.loss, "test_miou": score.miou, **_told(runs[name])} for name, score in scores.items()
+    }
     with replacing(output / "result.json") as file:
         file.write(json.dumps(result, indent=2).encode())
     draw_report(output / "report.png", runs, test)
@@ -127,7 +127,6 @@ def _show(runs: dict[str, Training], test: SegmentationData, output: Path, ranks
 def _settings(args: argparse.Namespace, ranks: Ranks) -> Settings:
     own = {field.name: getattr(args, field.name) for field in fields(Settings)}
     settings = Settings(**own | {"device": ranks.device(args.device)})
-    settings.check()
     if args.sync_batchnorm and torch.device(settings.device).type != "cuda":
         raise ValueError(
             f"`--sync-batchnorm` must run on CUDA, which alone has such norms, got {settings.device}; leave it out, or "
@@ -158,9 +157,10 @@ def _teacher(args: argparse.Namespace, wrapper: DistillationUNetWrapper, setting
         convert_sync_batchnorm(unet)
     unet.to(settings.device)
     blocks = blocks_of(unet)
-    schedule = _constant(len(blocks), len(blocks), args.teacher_epochs or args.epochs)
-    loss = DistillationLoss(alpha=0.0)
-    return Arm("teacher", unet, Imitating(unet), blocks, schedule, _TEACHER_SCALE, args.norms, loss)
+    preset = MilestonePreset(milestones={0: len(blocks)}, learning_rate_scale=_TEACHER_SCALE)
+    epochs = args.teacher_epochs or args.epochs
+    schedule = UnfreezeSchedule(preset=preset, total_blocks=len(blocks), total_epochs=epochs)
+    return Arm("teacher", unet, Imitating(unet), blocks, schedule, args.norms, DistillationLoss(alpha=0.0))
 
 
 def _student(
@@ -190,27 +190,20 @@ def _student(
         convert_sync_batchnorm(unet)
     wrapper.to(settings.device)
     blocks, guard = wrapper.blocks, None
-    if preset is None:  # as in the guide, the encoder trains from the start
-        schedule, scale = _constant(len(blocks), len(blocks), args.epochs), args.learning_rate_scale or 1.0
-    else:
-        schedule = UnfreezeSchedule(preset=preset, total_blocks=len(blocks), total_epochs=args.epochs)
-        scale = preset.learning_rate_scale
+    # As in the guide, the encoder trains from the start where no unfreezing is asked for.
+    all_now = MilestonePreset(milestones={0: len(blocks)}, learning_rate_scale=args.learning_rate_scale or 1.0)
+    schedule = UnfreezeSchedule(preset=preset or all_now, total_blocks=len(blocks), total_epochs=args.epochs)
     if args.guard_patience is not None:
         guard = OverfitGuard(args.guard_patience, model=unet if args.guard_restore else None)
-    return wrapper, Arm("student", unet, wrapper, blocks, schedule, scale, args.norms, DistillationLoss(), guard)
+    return wrapper, Arm("student", unet, wrapper, blocks, schedule, args.norms, DistillationLoss(), guard)
 
 
 def _frozen_twin(wrapper: DistillationUNetWrapper, student: Arm) -> Arm:
     """The same student before its training, whose encoder stays frozen; it shares the teacher."""
     twin = copy.deepcopy(wrapper, {id(wrapper.teacher): wrapper.teacher})
-    schedule = _constant(0, len(twin.blocks), student.schedule.total_epochs)
+    schedule = student.schedule.replace(preset=MilestonePreset(milestones={0: 0}))
     own = {"unet": twin.student, "forward": twin, "blocks": twin.blocks, "schedule": schedule}
     return replace(student, name="frozen", guard=None, **own)
-
-
-def _constant(number: int, total: int, epochs: int) -> UnfreezeSchedule:
-    """The same number of blocks at every epoch."""
-    return UnfreezeSchedule(preset=MilestonePreset(milestones={0: number}), total_blocks=total, total_epochs=epochs)
 
 
 def _forecast(blocks: tuple[Block, ...], schedule: UnfreezeSchedule) -> Iterator[str]:
@@ -239,17 +232,16 @@ def _warn_of_patience(patience: int, schedule: UnfreezeSchedule) -> None:
 
 def _told(training: Training) -> dict[str, Any]:
     """What the history and the guard add to an arm's result."""
-    transitions = []
-    for transition in training.history:
-        before, after = around_transitions(training.records).get(transition.epoch, (None, None))
-        transitions.append(
-            {
-                "epoch": transition.epoch,
-                "blocks": transition.number,
-                "learning_rates": transition.learning_rates,
-                "reason": transition.reason,
-                "validation_loss_before": before,
-                "validation_loss_after": after,
-            }
-        )
+    around = around_transitions(training.records)
+    transitions = [
+        {
+            "epoch": each.epoch,
+            "blocks": each.number,
+            "learning_rates": each.learning_rates,
+            "reason": each.reason,
+            "validation_loss_before": around[each.epoch][0] if each.epoch in around else None,
+            "validation_loss_after": around[each.epoch][1] if each.epoch in around else None,
+        }
+        for each in training.history
+    ]
     return {"transitions": transitions, "held": training.held or None}
