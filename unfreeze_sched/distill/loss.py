@@ -87,8 +87,7 @@ class DistillationLoss(nn.Module):
                 `ignore_index`, of any dtype, (B, H, W) or (B, 1, H, W).
 
         Raises:
-            TypeError: Not a tensor, or float masks for more than one class.
-            ValueError: Shapes that do not belong together, or a mask value out of range.
+            TypeError, ValueError: A kind, shape, dtype or mask value that does not belong; names it, and one fix.
         """
         return self.parts(student_logits, teacher_logits, masks).total
 

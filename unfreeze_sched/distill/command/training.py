@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import reprlib
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from segmentation_models_pytorch.metrics import get_stats
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader
 
 from unfreeze_sched import Block, ProgressiveUnfreezer, UnfreezeSchedule
 from unfreeze_sched._checks import listed
@@ -77,9 +77,6 @@ class Imitating(nn.Sequential):
         return logits, logits.detach()
 
 
-# --- measuring
-
-
 @dataclass(frozen=True)
 class Evaluation:
     """Of one data set."""
@@ -94,8 +91,8 @@ def evaluate(arm: Arm, data: SegmentationData, settings: Settings, ranks: Ranks 
     arm.unet.eval()
     classes = max(data.classes, 2)  # one channel tells two apart
     total, pixels = torch.zeros(1, dtype=torch.float64), torch.zeros(3, classes, dtype=torch.float64)
-    batches = batches_of(len(data), settings.batch_size)[ranks.rank :: ranks.world]
-    for images, masks in loaded(data, batches, settings):
+    batches = [*BatchSampler(range(len(data)), settings.batch_size, drop_last=False)]
+    for images, masks in loaded(data, batches[ranks.rank :: ranks.world], settings):
         with settings.autocast():
             logits, targets = arm.forward(images)
         total += float(arm.loss(logits, targets, masks)) * len(images)
@@ -121,31 +118,22 @@ def predicted_classes(logits: Tensor) -> Tensor:
     return (logits[:, 0] > 0).long() if logits.shape[1] == 1 else logits.argmax(1)
 
 
-def batches_of(number: int, size: int) -> list[range]:
-    """Places of the batches, in order; the last may be smaller."""
-    return [range(start, min(start + size, number)) for start in range(0, number, size)]
-
-
-def shares_of(number: int, size: int, ranks: Ranks) -> list[range]:
+def shares_of(number: int, size: int, ranks: Ranks) -> list[list[int]]:
     """A rank's places of each training batch: as many as any other rank's, since DDP takes the plain mean over ranks.
 
     What does not divide by the number of ranks is left for another epoch's order, and so is a last batch of one image a
     rank: a batch norm cannot train on one value a channel, which one small image may come to.
     """
-    batches = batches_of(number, size)
+    batches = [*BatchSampler(range(number), size, drop_last=False)]
     if len(batches) > 1 and len(batches[-1]) < 2 * ranks.world:
         batches.pop()
     return [batch[ranks.rank : len(batch) // ranks.world * ranks.world : ranks.world] for batch in batches]
 
 
-def loaded(data: Any, batches: Iterable[range], settings: Settings) -> Iterator[tuple[Tensor, Tensor]]:
+def loaded(data: Any, batches: list[list[int]], settings: Settings) -> Iterator[tuple[Tensor, Tensor]]:
     """Images and masks of each batch, on the device."""
-    loader = DataLoader(data, batch_sampler=batches, num_workers=settings.num_workers)  # type: ignore[arg-type]  # any iterable of places
-    for images, masks in loader:
+    for images, masks in DataLoader(data, batch_sampler=batches, num_workers=settings.num_workers):
         yield images.to(settings.device), masks.to(settings.device)
-
-
-# --- the loop
 
 
 @dataclass
@@ -295,9 +283,6 @@ class Training:
         self._optimizer.zero_grad()
         if self._scaler.get_scale() >= scale:  # else gradients had overflowed, and no step was taken
             self._scheduler.step()
-
-
-# --- resuming
 
 
 def restore(parts: Mapping[str, Any], path: Path) -> list[EpochRecord]:
