@@ -25,9 +25,9 @@ from unfreeze_sched import LARGE, MEDIUM, SMALL, MilestonePreset, UnfreezeSchedu
 from unfreeze_sched.cli import main, make_parser  # noqa: E402
 from unfreeze_sched.distill.command import run, training  # noqa: E402
 from unfreeze_sched.distill.command.arguments import preset_from  # noqa: E402
-from unfreeze_sched.distill.command.arms import Settings  # noqa: E402
 from unfreeze_sched.distill.command.ranks import Ranks  # noqa: E402
 from unfreeze_sched.distill.command.runlog import RunLog, warnings_in_one_line  # noqa: E402
+from unfreeze_sched.distill.command.training import Settings  # noqa: E402
 from unfreeze_sched.guards import OverfitGuard  # noqa: E402
 from unfreeze_sched.plan.memory import saved_for_backward  # noqa: E402
 
@@ -493,7 +493,7 @@ def test_synchronised_norms(data: Path) -> None:
     """With `--sync-batchnorm` student and teacher-to-be are converted before their blocks are found, which hold the norms."""
     words = ["distill", "--data", str(data), *SMALL_RUN, "--preset", "large", "--epochs", "9", "--sync-batchnorm"]
     args = make_parser().parse_args([*words, "--student-encoder", "tu-tf_efficientnet_lite0"])
-    settings = Settings(9, 1e-3, 4, 0, "cpu")
+    settings = Settings(1e-3, 4, 0, "cpu")
     wrapper, student = run._student(args, 3, settings, 16)
     for arm in (student, run._teacher(args, wrapper, settings)):
         norms = {m for m in arm.unet.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}

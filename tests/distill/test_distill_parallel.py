@@ -19,11 +19,11 @@ pytest.importorskip("PIL.Image")
 from images import write_images  # after the skips
 
 from unfreeze_sched.cli import main  # after the skips
-from unfreeze_sched.distill.command.evaluation import evaluate
 from unfreeze_sched.distill.command.inputs import data_of
 from unfreeze_sched.distill.command.ranks import Ranks, first_to_fail
 from unfreeze_sched.distill.command.run import _refuse_many_ranks, _settings, _student
 from unfreeze_sched.distill.command.runfolder import saved_run
+from unfreeze_sched.distill.command.training import evaluate
 
 HERE = Path(__file__).parent
 ENVIRONMENT = environment() | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "GLOO_SOCKET_IFNAME": "lo"}

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 pytest.importorskip("segmentation_models_pytorch")
 
-from unfreeze_sched.distill.command.evaluation import mean_iou, pixel_counts, shares_of  # after the skip
 from unfreeze_sched.distill.command.ranks import Ranks
+from unfreeze_sched.distill.command.training import mean_iou, pixel_counts, shares_of  # after the skip
 
 
 def brute_force(predictions: list[int], masks: list[int], classes: int) -> float:

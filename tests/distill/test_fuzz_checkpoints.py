@@ -37,10 +37,9 @@ from tiny import InterruptedRunError, Interrupting, arm  # noqa: E402  # likewis
 from unfreeze_sched.cli import main  # noqa: E402  # likewise
 from unfreeze_sched.distill import checkpoints  # noqa: E402  # likewise
 from unfreeze_sched.distill.checkpoints import CheckpointError, load_segmentation_state, read_checkpoint  # noqa: E402  # likewise
-from unfreeze_sched.distill.command import restore  # noqa: E402  # likewise
-from unfreeze_sched.distill.command.arms import Settings  # noqa: E402  # likewise
+from unfreeze_sched.distill.command import training  # noqa: E402  # likewise
 from unfreeze_sched.distill.command.data import load_folders  # noqa: E402  # likewise
-from unfreeze_sched.distill.command.training import Training  # noqa: E402  # likewise
+from unfreeze_sched.distill.command.training import Settings, Training  # noqa: E402  # likewise
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch.serialization")
 Parts = dict[str, Any]
@@ -51,8 +50,8 @@ def parts_of(seed: int) -> Parts:
     new = arm(seed)
     optimizer = torch.optim.AdamW(new.unet.get_decoder_parameters(), lr=0.01)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 6)
-    unfreezer = ProgressiveUnfreezer(new.blocks, optimizer, new.schedule, [scheduler], new.learning_rate_scale)
-    scaler = Settings(3, 0.01, 2, 0, "cpu").scaler()
+    unfreezer = ProgressiveUnfreezer(new.blocks, optimizer, new.schedule, [scheduler])
+    scaler = Settings(0.01, 2, 0, "cpu").scaler()
     return {
         "unfreezer": unfreezer,
         "model": new.unet,
@@ -71,7 +70,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """The checkpoint of a run of the training loop, interrupted after its second epoch."""
     folder = tmp_path_factory.mktemp("run")
     (data,) = load_folders(write_images(folder, 4), image_size=16)
-    settings = Settings(epochs=3, lr=0.01, batch_size=2, seed=0, device="cpu")
+    settings = Settings(lr=0.01, batch_size=2, seed=0, device="cpu")
     with pytest.raises(InterruptedRunError):
         Training(arm(0), data, data, settings).run(folder, Interrupting())
     return (folder / "last.pth").read_bytes()
@@ -92,7 +91,7 @@ class Trial:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                restore.restore(self.parts, self.path)
+                training.restore(self.parts, self.path)
             except (CheckpointError, OSError) as error:
                 text = str(error)
                 assert re.fullmatch(re.escape(f"{self.path}: must ") + ".{,900}", text), (what, text)
@@ -297,7 +296,7 @@ def test_broken_pickles_with_right_checksums(trial: Trial, saved: bytes) -> None
     ("module", "name", "instead", "found_by"),
     [
         (checkpoints, "_check_sums", lambda _: None, lambda *a: test_broken_bytes(flipped, 50, *a)),
-        (restore, "_refuse", lambda _: None, lambda trial, _: test_broken_contents(trial)),
+        (training, "_refuse_others", lambda *_: None, lambda trial, _: test_broken_contents(trial)),
     ],
     ids=["no checksums", "no look at shapes"],
 )

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from unfreeze_sched import Block, RatePreset, UnfreezeSchedule
-from unfreeze_sched.distill.command.arms import Arm, Imitating
-from unfreeze_sched.distill.command.records import EpochRecord
+from unfreeze_sched.distill.command.runlog import EpochRecord
+from unfreeze_sched.distill.command.training import Arm, Imitating
 from unfreeze_sched.distill.loss import DistillationLoss
 
 
@@ -62,4 +62,4 @@ def arm(seed: int, norms: Any = "eval", classes: int = 3) -> Arm:
         preset=RatePreset(unfreeze_start_epoch=1, unfreeze_rate=1), total_blocks=2, total_epochs=3
     )
     loss = DistillationLoss(alpha=0.0)
-    return Arm("student", net, Imitating(net), blocks, schedule, 0.1, norms, loss)
+    return Arm("student", net, Imitating(net), blocks, schedule, norms, loss)

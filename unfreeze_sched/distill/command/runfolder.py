@@ -1,7 +1,4 @@
-"""The folder of a run: claimed by one process, with the command line and a fingerprint of what the run reads.
-
-What is refused is a ValueError of one line, and what cannot be written an OSError of one.
-"""
+"""The folder of a run: claimed by one process, with the command line and a fingerprint of what the run reads."""
 
 from __future__ import annotations
 
@@ -10,19 +7,20 @@ import errno
 import hashlib
 import os
 import time
-import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import chain, count
 from pathlib import Path
-from typing import IO, NoReturn
+from typing import NoReturn
 
 from unfreeze_sched._checks import FrozenModel, listed
+from unfreeze_sched.distill.checkpoints import replacing
 from unfreeze_sched.distill.command.arguments import add_arguments
 
 _FILE = "arguments.json"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _CLOSED = {errno.EACCES, errno.EPERM, errno.EROFS}
-_NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP}  # of file systems that have no hard links
+_UNFINISHED = {".tmp", ".partial"}
 
 Inputs = dict[str, str]
 """What a run reads: a file, by its flag and its path below -> its size and its content's hash."""
@@ -73,24 +71,16 @@ def _paths(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
             yield flag, value
 
 
-def refuse_other_inputs(saved: Inputs, now: Inputs) -> None:
-    """See that a run goes on with what it was begun with."""
-    kinds = {
-        "added": [name for name in now if name not in saved],
-        "gone": [name for name in saved if name not in now],
-        "changed": [name for name in now if saved.get(name, now[name]) != now[name]],
-    }
-    if found := [f"{kind}: {listed(names, 3)}" for kind, names in kinds.items() if names]:
-        raise ValueError(
-            f"`--resume` must find what the run was begun with, got files {'; '.join(found)}; "
-            "put them back, or begin a new run"
-        )
+def rooted(args: argparse.Namespace, folder: str) -> argparse.Namespace:
+    """The arguments with paths that lead from anywhere, where they were given in a folder."""
+    return argparse.Namespace(**vars(args) | {flag: str(Path(folder, value)) for flag, value in _paths(args)})
 
 
 def check_output(name: str | None) -> None:
     """See that a run can be begun in a folder; nothing is made."""
     folder = Path(name or "runs")
-    if name and folder.exists() and (not folder.is_dir() or not all(map(_left_over, folder.iterdir()))):
+    # Unfinished files, which a killed process left, take no folder.
+    if name and folder.exists() and (not folder.is_dir() or any(p.suffix not in _UNFINISHED for p in folder.iterdir())):
         raise ValueError(
             f"`--output` must be a new or empty folder, got {folder}; name another, nothing is overwritten"
         )
@@ -101,51 +91,29 @@ def check_output(name: str | None) -> None:
         )
 
 
-def _left_over(path: Path) -> bool:
-    """Whether a killed process left a file that it had not finished."""
-    return path.is_file() and path.suffix in {".tmp", ".partial"}
-
-
 def claim(name: str | None, words: Sequence[str], inputs: Inputs) -> Path:
-    """Make a run's folder, for this process alone.
-
-    Args:
-        name: Its path; None names it by the time.
-        words: The command line.
-        inputs: What the run reads.
-    """
-    content = _Begun(words=tuple(words), folder=str(Path.cwd()), inputs=inputs).model_dump_json(indent=1)
-    begin, attempt = time.strftime("%Y%m%d-%H%M%S"), 1
-    while True:
-        folder = Path(name or f"runs/{begin}{f'-{attempt}' if attempt > 1 else ''}")
-        try:
-            with in_words(folder):
-                folder.mkdir(parents=True, exist_ok=True)
-                _create(folder / _FILE, content)
-        except FileExistsError:
-            if name:
-                raise ValueError(
-                    f"`--output` must be a new or empty folder, got {folder}, which another run took; name another"
-                ) from None
-            attempt += 1
-        else:
-            return folder
-
-
-def _create(path: Path, content: str) -> None:
-    """Write a new file that is whole from its first moment; of two processes one gets a FileExistsError."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        temporary.write_text(content, encoding="utf-8")
-        try:
-            os.link(temporary, path)
-        except OSError as error:
-            if error.errno not in _NO_LINKS:
-                raise
-            with path.open("x", encoding="utf-8") as file:
+    """Make a run's folder, for this process alone; its name, where none is given, is the time."""
+    content = _Begun(words=tuple(words), folder=str(Path.cwd()), inputs=inputs).model_dump_json(indent=1).encode()
+    begin = f"runs/{time.strftime('%Y%m%d-%H%M%S')}"
+    for folder in map(Path, [name] if name else chain([begin], (f"{begin}-{number}" for number in count(2)))):
+        with in_words(folder), suppress(FileExistsError):
+            folder.mkdir(parents=True, exist_ok=True)
+            with replacing(folder / _FILE, _name) as file:
                 file.write(content)
-    finally:
-        temporary.unlink(missing_ok=True)
+            return folder
+    raise ValueError(f"`--output` must be a new or empty folder, got {name}, which another run took; name another")
+
+
+def _name(temporary: Path, path: Path) -> None:
+    """Give a whole file a name that no other has; of two processes one gets a FileExistsError."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links; on any other the next line fails, too
+        with path.open("xb") as file:
+            file.write(temporary.read_bytes())
+    temporary.unlink()
 
 
 def saved_run(output: Path) -> tuple[argparse.Namespace, Inputs]:
@@ -154,42 +122,54 @@ def saved_run(output: Path) -> tuple[argparse.Namespace, Inputs]:
     try:
         # A pipe of that name would be waited for.
         begun = _Begun.model_validate_json(path.read_bytes() if path.is_file() else b"")
-        args = parsed(begun.words)
+        return rooted(parsed(begun.words), begun.folder), begun.inputs
     except (OSError, ValueError) as error:
         reason = str(error) if type(error) is ValueError else type(error).__name__
-        reason = reason if path.is_file() else "no such file"
         raise ValueError(
             f"`--resume` must be the folder of a run of this command, got {output}, whose {_FILE} cannot be read "
-            f"({reason}); give the folder that the run named at its start"
+            f"({reason if path.is_file() else 'no such file'}); give the folder that the run named at its start"
         ) from error
-    return rooted(args, begun.folder), begun.inputs
 
 
-def rooted(args: argparse.Namespace, folder: str) -> argparse.Namespace:
-    """The arguments with paths that lead from anywhere, where they were given in a folder."""
-    return argparse.Namespace(**vars(args) | {flag: str(Path(folder, value)) for flag, value in _paths(args)})
+def as_begun(args: argparse.Namespace, output: Path) -> argparse.Namespace:
+    """The arguments of an interrupted run, which has to find what it was begun with."""
+    (begun, inputs), args = saved_run(output), rooted(args, str(Path.cwd()))
+    for name, default in vars(parsed([])).items():
+        given, was = getattr(args, name), getattr(begun, name)
+        if name != "resume" and given not in (default, was):
+            raise ValueError(
+                f"`--{name.replace('_', '-')}` must be as the run was begun with, {was}, got {given}; "
+                "leave it out beside --resume, or begin a new run"
+            )
+    now = inputs_of(begun)
+    kinds = {
+        "added": [name for name in now if name not in inputs],
+        "gone": [name for name in inputs if name not in now],
+        "changed": [name for name in now if inputs.get(name, now[name]) != now[name]],
+    }
+    if found := [f"{kind}: {listed(names, 3)}" for kind, names in kinds.items() if names]:
+        raise ValueError(
+            f"`--resume` must find what the run was begun with, got files {'; '.join(found)}; "
+            "put them back, or begin a new run"
+        )
+    return begun
 
 
 @contextmanager
 def held(output: Path) -> Iterator[None]:
-    """Within it no other process goes on with the run; the system lets go of a process that is killed."""
-    with (output / _FILE).open("r+b") as file:
-        with suppress(ModuleNotFoundError):  # Windows
-            _lock(file, output)
+    """Within it no other process goes on with the run, until this one ends; what cannot be written is put in words."""
+    with in_words(output), (output / _FILE).open("r+b") as file:
+        try:
+            import fcntl  # noqa: PLC0415  # not everywhere
+
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise ValueError(
+                f"`--resume` must be a folder that no process is at work in, got {output}; wait for its end, or stop it"
+            ) from None
+        except (ModuleNotFoundError, OSError):  # Windows, or a file system without locks
+            pass
         yield
-
-
-def _lock(file: IO[bytes], output: Path) -> None:
-    import fcntl  # noqa: PLC0415  # not everywhere
-
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        raise ValueError(
-            f"`--resume` must be a folder that no process is at work in, got {output}; wait for its end, or stop it"
-        ) from None
-    except OSError:  # a file system without locks
-        return
 
 
 @contextmanager
@@ -207,10 +187,3 @@ def in_words(output: Path) -> Iterator[None]:
         else:
             raise
         raise OSError(f"{output} must {text}") from error
-
-
-def remove_left_overs(folders: Iterable[Path]) -> None:
-    """Remove the files that a killed process had not finished."""
-    for folder in folders:
-        for path in folder.glob(".*.tmp"):
-            path.unlink(missing_ok=True)

@@ -2,83 +2,96 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from tqdm import tqdm
 
-from unfreeze_sched._checks import plain
+from unfreeze_sched._checks import FrozenModel, plain
 from unfreeze_sched.distill.command.ranks import Ranks
-from unfreeze_sched.distill.command.records import EpochRecord
+from unfreeze_sched.parallel import speaks
 
 
-def check_tensorboard() -> None:
-    """See that TensorBoard is there, before anything is trained."""
+class EpochRecord(FrozenModel):
+    """One line of `metrics.jsonl`."""
+
+    arm: str
+    epoch: int  # 0-based
+    blocks: int  # unfrozen ones, counted from the deep end
+    joined: tuple[str, ...]  # before this epoch, deepest first
+    learning_rates: dict[str, float]  # at the epoch's first step: of the `head`, then of the blocks
+    optimizer_step: int  # steps of the head before the epoch, by the optimizer's own count
+    train_loss: float  # mean over images, each batch as it was trained on
+    validation_loss: float  # mean over images
+    validation_miou: float  # in [0, 1]
+    seconds: float  # of the training steps alone
+    saved_bytes: int  # that the first batch of this number of blocks kept for backward, on rank 0
+    peak_bytes: int | None  # of the device's memory, where it reports one; likewise
+
+
+def say(text: str) -> None:
+    """Text on standard output, above the bar; rank 0 alone says it."""
+    if speaks():
+        tqdm.write("\n".join(map(plain, text.split("\n"))))
+        sys.stdout.flush()
+
+
+def warn(text: str) -> None:
+    """A warning, as a line on standard error."""
+    tqdm.write(f"unfreeze-sched: warning: {plain(' '.join(text.split()))}", file=sys.stderr)
+
+
+def tensorboard_writer() -> Any:
+    """TensorBoard's writer of events; asked for before anything is trained, too."""
     try:
-        import torch.utils.tensorboard  # noqa: F401, PLC0415  # an extra, on use alone
+        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415  # an extra, on use alone
     except ImportError:
         raise ModuleNotFoundError(
             "`--tensorboard` needs tensorboard, which is not installed; pip install 'unfreeze-sched[tensorboard]'",
             name="tensorboard",
         ) from None
+    return SummaryWriter
 
 
-class RunLog:
+class RunLog(ExitStack):
     """Tells the console of the run, and files of its epochs; on other ranks than the first it is silent.
 
     A resumed run tells its past anew, from the checkpoints' records, so each epoch stands in the files once.
-
-    Args:
-        output: The run's folder.
-        ranks: Those that train together.
-        events: Whether to write for TensorBoard, too.
     """
 
-    def __init__(self, output: Path, ranks: Ranks, *, events: bool) -> None:
-        self._output, self._ranks, self._events = output, ranks, events and ranks.leads
-        self._metrics = (output / "metrics.jsonl").open("w", encoding="utf-8") if ranks.leads else None
-        self._board: Any = None
-        self._bar: Any = None
+    tell = staticmethod(say)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for each in (self._bar, self._board, self._metrics):
-            if each is not None:
-                each.close()
+    def __init__(self, output: Path, *, events: bool) -> None:
+        super().__init__()
+        self._output, self._events = output, events and speaks()
+        metrics = output / "metrics.jsonl" if speaks() else Path(os.devnull)
+        self._metrics = self.enter_context(metrics.open("w", encoding="utf-8"))
+        self._arm = self.enter_context(ExitStack())
 
     def begin(self, name: str, steps: int, done: int) -> None:
         """A new arm, of so many steps, some of which an interrupted process has done."""
-        for each in (self._bar, self._board):
-            if each is not None:
-                each.close()
-        # On a terminal alone, and gone when it is through.
-        self._bar = tqdm(desc=name, total=steps, initial=done, leave=False, disable=None if self._ranks.leads else True)
+        self._arm.close()
+        silent = None if speaks() else True  # None shows it on a terminal alone
+        bar = tqdm(desc=name, total=steps, initial=done, leave=False, disable=silent)
+        self._bar, self._board = self._arm.enter_context(bar), None
         if self._events:
-            from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415  # an extra, on use alone
-
             for old in (self._output / name).glob("events.out.tfevents.*"):
                 old.unlink()
-            self._board = SummaryWriter(str(self._output / name))
+            self._board = self._arm.enter_context(tensorboard_writer()(str(self._output / name)))
 
     def step(self) -> None:
         """One optimizer step was taken."""
         self._bar.update()
 
-    def tell(self, line: str) -> None:
-        """Something about the run, in one line."""
-        say(line, self._ranks)
-
     def epoch(self, record: EpochRecord) -> None:
         """An epoch is over."""
-        if self._metrics:
-            self._metrics.write(record.model_dump_json() + "\n")
-            self._metrics.flush()
+        self._metrics.write(record.model_dump_json() + "\n")
+        self._metrics.flush()
         if self._board:
             scalars = {
                 "loss/training": record.train_loss,
@@ -92,19 +105,6 @@ class RunLog:
             self._board.flush()
         figures = f"loss {record.train_loss:.3f}, mIoU {100 * record.validation_miou:.1f} %"
         self._bar.set_description(f"{record.arm}, epoch {record.epoch}: {figures}")
-
-
-def say(text: str, ranks: Ranks) -> None:
-    """Text on standard output, above the bar; rank 0 alone says it."""
-    if ranks.leads:
-        with tqdm.external_write_mode():
-            print("\n".join(map(plain, text.split("\n"))), flush=True)  # noqa: T201  # a command's voice
-
-
-def warn(text: str) -> None:
-    """A warning, as a line on standard error."""
-    with tqdm.external_write_mode():
-        print(f"unfreeze-sched: warning: {plain(' '.join(text.split()))}", file=sys.stderr, flush=True)  # noqa: T201  # a command's voice
 
 
 @contextmanager
