@@ -6,9 +6,9 @@ import logging
 import math
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any, Self, get_args
+from typing import Annotated, Any, Self, TypedDict, Unpack, get_args
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field
 from torch import nn
 from torch.optim import Optimizer
 
@@ -38,6 +38,21 @@ log = logging.getLogger("unfreeze_sched")
 _ONE_AT_A_TIME = threading.RLock()  # of the module, since a lock goes into no copy and no pickle
 
 
+class Options(TypedDict, total=False):
+    """The keywords of `ProgressiveUnfreezer` that whatever makes one passes on."""
+
+    learning_rate_scale: Scale | None
+    layer_decay: float
+    template: int
+    on_refreeze: OnRefreeze
+    membership: Membership
+    no_decay: bool | Overrides
+    warmup_steps: int
+    norms: Norms
+    probe: Probe
+    caps: Sequence[Cap]
+
+
 class ProgressiveUnfreezer:
     """Unfreezes an encoder's blocks by a schedule, and lets them join the live optimizer.
 
@@ -51,18 +66,12 @@ class ProgressiveUnfreezer:
         schedule: Its `total_blocks` is the number of blocks.
         lr_schedulers: All the LR schedulers of the optimizer; None says that there is none.
         learning_rate_scale: In (0, 1], or one for each block, by its name; None takes the preset's.
-        layer_decay: As for `OptimizerRebuilder`, like the rest.
-        template: 0-based index of the group that joining groups clone.
-        on_refreeze: `"keep"` or `"drop"`.
-        membership: `"late"` or `"declared"`.
-        no_decay: False, True, or a function of name and parameter.
-        warmup_steps: At least 0.
-        norms: `"eval"` holds the norm layers of frozen blocks in evaluation mode, even after `model.train()`;
-            `"frozen"` holds them there after their block joined, too, so that the pretrained statistics stay, which
-            suits small batches; `"fixed"` also keeps the weights and biases of batch norms (and of what else has
-            running statistics) out of training and optimizer, while those of LayerNorm and its like train with their
-            block; `"train"` leaves their mode alone.
-        probe: `"ranks"`, `"local"` or `"off"`, as for `OptimizerRebuilder`.
+        layer_decay: As for `OptimizerRebuilder`, like `template`, `on_refreeze`, `membership`, `no_decay`,
+            `warmup_steps` and `probe`.
+        norms: `"eval"` holds the norm layers of frozen blocks in evaluation mode, through `model.train()` too;
+            `"frozen"` also those of blocks that joined, so that the pretrained statistics stay, which suits small
+            batches; `"fixed"` also keeps the weights and biases of batch norms (and of what else has running
+            statistics) out of training and optimizer; `"train"` leaves the modes alone.
         caps: Guards and triggers, such as `unfreeze_sched.guards.OverfitGuard`: no more blocks are unfrozen than the
             schedule and each cap allow.
 
@@ -113,20 +122,17 @@ class ProgressiveUnfreezer:
         self.norms: Norms = one_of(norms, "norms", get_args(Norms))
         self.caps = checked_caps(caps)
         self.history = History()
-        blocks = tuple(blocks) if isinstance(blocks, Iterable) else blocks  # the rebuilder refuses what is none
-        if isinstance(blocks, tuple) and blocks and len(blocks) != schedule.total_blocks:
+        blocks = validate_blocks(blocks)
+        if len(blocks) != schedule.total_blocks:
             raise ValueError(
                 f"`schedule` must be for the {len(blocks)} blocks given, got total_blocks={schedule.total_blocks}; "
                 "pass total_blocks=len(blocks)"
             )
-        if norms == "fixed":
-            blocks = with_fixed_norms(validate_blocks(blocks))
-        scale = schedule.preset.learning_rate_scale if learning_rate_scale is None else learning_rate_scale
         self.rebuilder = OptimizerRebuilder(
             optimizer,
-            blocks,
+            with_fixed_norms(blocks) if norms == "fixed" else blocks,
             lr_schedulers,
-            learning_rate_scale=scale,
+            schedule.preset.learning_rate_scale if learning_rate_scale is None else learning_rate_scale,
             layer_decay=layer_decay,
             template=template,
             on_refreeze=on_refreeze,
@@ -158,16 +164,7 @@ class ProgressiveUnfreezer:
         preset: Preset = MEDIUM,
         head: Iterable[nn.Module | nn.Parameter] | Optimizer | None = None,
         blocks: Iterable[Block] | None = None,
-        learning_rate_scale: Scale | None = None,
-        layer_decay: float = 1.0,
-        template: int = 0,
-        on_refreeze: OnRefreeze = "keep",
-        membership: Membership = "late",
-        no_decay: bool | Overrides = False,
-        warmup_steps: int = 0,
-        norms: Norms = "eval",
-        probe: Probe = "ranks",
-        caps: Sequence[Cap] = (),
+        **options: Unpack[Options],
     ) -> Self:
         """An unfreezer for a loop that has its model, optimizer and LR schedulers already.
 
@@ -182,16 +179,7 @@ class ProgressiveUnfreezer:
             preset: When blocks are unfrozen.
             head: What trains from the start, as for `encoder_blocks`.
             blocks: The blocks, shallow to deep; None takes `encoder_blocks(model, head=head)`.
-            learning_rate_scale: As for the constructor, like all that follow.
-            layer_decay: Likewise.
-            template: Likewise.
-            on_refreeze: Likewise.
-            membership: Likewise.
-            no_decay: Likewise.
-            warmup_steps: Likewise.
-            norms: Likewise.
-            probe: Likewise.
-            caps: Likewise.
+            **options: Further ones of the constructor, from `learning_rate_scale` on.
 
         Returns:
             The unfreezer; call its `apply(epoch)` before each epoch.
@@ -231,22 +219,8 @@ class ProgressiveUnfreezer:
         if blocks is not None and head is not None:
             raise ValueError("`head` must be left out where blocks are given, got both; what is in no block is head")
         blocks = encoder_blocks(model, head=head) if blocks is None else parts_of(unwrap(model), blocks)
-        unfreezer = cls.taking_out(
-            blocks,
-            optimizer,
-            UnfreezeSchedule(preset=preset, total_blocks=len(blocks), total_epochs=total),
-            lr_schedulers=lr_schedulers,
-            learning_rate_scale=learning_rate_scale,
-            layer_decay=layer_decay,
-            template=template,
-            on_refreeze=on_refreeze,
-            membership=membership,
-            no_decay=no_decay,
-            warmup_steps=warmup_steps,
-            norms=norms,
-            probe=probe,
-            caps=caps,
-        )
+        schedule = UnfreezeSchedule(preset=preset, total_blocks=len(blocks), total_epochs=total)
+        unfreezer = cls.taking_out(blocks, optimizer, schedule, lr_schedulers, **options)
         held = {id(parameter) for block in blocks for parameter in block.parameters()}
         held.update(id(parameter) for group in optimizer.param_groups for parameter in group["params"])
         if left := [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]:
@@ -259,23 +233,21 @@ class ProgressiveUnfreezer:
 
     @classmethod
     def taking_out(
-        cls, blocks: Sequence[Block], optimizer: Optimizer, schedule: UnfreezeSchedule, **options: Any
+        cls,
+        blocks: Sequence[Block],
+        optimizer: Optimizer,
+        schedule: UnfreezeSchedule,
+        lr_schedulers: Sequence[Any] | None = (),
+        **options: Unpack[Options],
     ) -> Self:
-        """As the constructor, of an optimizer that may hold the blocks' parameters: they are taken out first.
-
-        Args:
-            blocks: The encoder's blocks, shallow to deep.
-            optimizer: The live optimizer; it is as it was where something is refused.
-            schedule: For these blocks.
-            **options: The constructor's further ones.
-        """
+        """As the constructor, of an optimizer that may hold the blocks' parameters: they are taken out first."""
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"`optimizer` must be a torch optimizer, got {type(optimizer).__name__}; pass the live one")
         parameters = [parameter for block in blocks for parameter in block.parameters()]
         admission.refuse_loss(optimizer, parameters)
         put_back = take_out(optimizer, parameters)
         try:
-            return cls(blocks, optimizer, schedule, **options)
+            return cls(blocks, optimizer, schedule, lr_schedulers, **options)
         except BaseException:
             put_back()
             raise
@@ -416,26 +388,23 @@ class ProgressiveUnfreezer:
             ValueError: It belongs to another schedule, model or division into blocks; nothing has changed.
         """
         with _ONE_AT_A_TIME:
-            self._load(as_state(_Saved, state_dict, "ProgressiveUnfreezer"), strict)
-
-    def _load(self, saved: _Saved, strict: bool) -> None:
-        self._refuse_other_run(saved, strict)
-        before = self.history.state_dict(), [cap.state_dict() for cap in self.caps]
-        try:
-            self.history.load_state_dict(saved.history)
-            self._refuse_other_history()
-            for cap, own in zip(self.caps, saved.caps, strict=True):
-                cap.load_state_dict(own)
+            saved = as_state(_Saved, state_dict, "ProgressiveUnfreezer")
+            self._refuse_other_run(saved, strict)
+            before = self.history.state_dict(), [cap.state_dict() for cap in self.caps]
+            try:
+                self.history.load_state_dict(saved.history)  # type: ignore[arg-type]  # transitions are as good
+                for cap, own in zip(self.caps, saved.caps, strict=True):
+                    cap.load_state_dict(own)
+                    if saved.applied:
+                        cap.follow(saved.applied[0], len(self.blocks))  # as when it was saved; refuses other blocks
                 if saved.applied:
-                    cap.follow(saved.applied[0], len(self.blocks))  # as it did when it was saved; refuses other blocks
-            if saved.applied:
-                self._bring_to(*saved.applied)
-                self.rebuilder.restore_order(saved.groups)
-        except BaseException:
-            self.history.load_state_dict(before[0])
-            for cap, own in zip(self.caps, before[1], strict=True):
-                cap.load_state_dict(own)
-            raise
+                    self._bring_to(*saved.applied)
+                    self.rebuilder.restore_order(saved.groups)
+            except BaseException:
+                self.history.load_state_dict(before[0])
+                for cap, own in zip(self.caps, before[1], strict=True):
+                    cap.load_state_dict(own)
+                raise
 
     def _refuse_other_run(self, saved: _Saved, strict: bool) -> None:
         found = list(differences("blocks", saved.blocks, self._layout()))
@@ -446,10 +415,18 @@ class ProgressiveUnfreezer:
                 "`state_dict` must be of this schedule and these blocks, got "
                 f"{listed(found, most=5, separator='; ')}; rebuild what was saved"
             )
-        if saved.applied and saved.applied[1] > len(self.blocks):
+        names = [block.name for block in self.blocks[::-1]]
+        strange = [
+            short(past)
+            for past in saved.history
+            if past.total != len(names) or list(past.learning_rates) not in ([], names[: past.number])
+        ]
+        if saved.applied and not saved.applied[0] <= saved.applied[1] <= len(names):
+            strange.insert(0, f"applied={list(saved.applied)}")
+        if strange:
             raise ValueError(
-                f"`state_dict` must be one that ProgressiveUnfreezer gave, got applied={list(saved.applied)} of "
-                f"{len(self.blocks)} blocks; pass a saved state_dict() as it is"
+                f"`state_dict` must be one that ProgressiveUnfreezer gave, got {strange[0]} of {len(names)} blocks; "
+                "pass a saved state_dict() as it is"
             )
         # Blocks' groups stand behind those of the user's own that were there before them.
         before = saved.groups[: max((i for i, known in enumerate(saved.groups) if known), default=0)].count(None)
@@ -464,16 +441,6 @@ class ProgressiveUnfreezer:
                 "pass the caps of the saved run"
             )
 
-    def _refuse_other_history(self) -> None:
-        """Refuse a history that the next transition could not go on from."""
-        names = [block.name for block in self.blocks[::-1]]
-        for past in self.history:
-            if past.total != len(names) or list(past.learning_rates) not in ([], names[: past.number]):
-                raise ValueError(
-                    f"`state_dict['history']` must be of these blocks, got {past.number} of {past.total} at epoch "
-                    f"{past.epoch}, {short(list(past.learning_rates))}; pass a saved state_dict() as it is"
-                )
-
     def _layout(self) -> dict[str, dict[str, list[int]]]:
         # In the order of the groups, since an optimizer's state is loaded by place: equal shapes would not tell.
         return {
@@ -486,17 +453,11 @@ _Number = Annotated[int, Field(strict=True, ge=0)]
 
 
 class _Saved(BaseModel):
-    """What `ProgressiveUnfreezer.state_dict` gives; most of it is looked at by its owners."""
+    """What `ProgressiveUnfreezer.state_dict` gives."""
 
     schedule: Any
-    blocks: Any
+    blocks: dict[str, Any]
     applied: tuple[_Number, _Number] | None
     groups: list[tuple[str, _Number] | None]
-    history: Any
+    history: list[Transition]
     caps: list[Any]
-
-    @model_validator(mode="after")
-    def _no_more_than_reached(self) -> Self:
-        if self.applied and self.applied[0] > self.applied[1]:
-            raise ValueError(f"applied={list(self.applied)}")
-        return self
