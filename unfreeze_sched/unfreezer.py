@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field
 from torch import nn
 from torch.optim import Optimizer
 
-from unfreeze_sched._checks import as_count, as_state, differences, listed, one_of, short, warn
+from unfreeze_sched._checks import as_state, differences, listed, one_of, short, warn
 from unfreeze_sched.guards import Cap, checked_caps
 from unfreeze_sched.history import History, Transition
 from unfreeze_sched.model import Block
@@ -186,8 +186,8 @@ class ProgressiveUnfreezer:
 
         Raises:
             TypeError: An argument of the wrong type.
-            ValueError: An argument out of range, blocks that are no parts of the model, or an optimizer with a group of
-                blocks alone at a rate of its own.
+            ValueError: An argument out of range, blocks that are no parts of the model, or a group of blocks alone at
+                a rate of its own.
 
         Warns:
             UserWarning: Parameters are trainable and in neither a block nor the optimizer.
@@ -213,13 +213,10 @@ class ProgressiveUnfreezer:
             raise TypeError(
                 f"`preset` must be a preset, got {type(preset).__name__}; pass MEDIUM, or make a RatePreset"
             )
-        total = as_count(
-            total_epochs, "total_epochs", minimum=1, fix="it is the number of epochs of the run, such as 50"
-        )
         if blocks is not None and head is not None:
             raise ValueError("`head` must be left out where blocks are given, got both; what is in no block is head")
         blocks = encoder_blocks(model, head=head) if blocks is None else parts_of(unwrap(model), blocks)
-        schedule = UnfreezeSchedule(preset=preset, total_blocks=len(blocks), total_epochs=total)
+        schedule = UnfreezeSchedule(preset=preset, total_blocks=len(blocks), total_epochs=total_epochs)
         unfreezer = cls.taking_out(blocks, optimizer, schedule, lr_schedulers, **options)
         held = {id(parameter) for block in blocks for parameter in block.parameters()}
         held.update(id(parameter) for group in optimizer.param_groups for parameter in group["params"])
@@ -232,14 +229,7 @@ class ProgressiveUnfreezer:
         return unfreezer
 
     @classmethod
-    def taking_out(
-        cls,
-        blocks: Sequence[Block],
-        optimizer: Optimizer,
-        schedule: UnfreezeSchedule,
-        lr_schedulers: Sequence[Any] | None = (),
-        **options: Unpack[Options],
-    ) -> Self:
+    def taking_out(cls, blocks: Sequence[Block], optimizer: Optimizer, *more: Any, **options: Unpack[Options]) -> Self:
         """As the constructor, of an optimizer that may hold the blocks' parameters: they are taken out first."""
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"`optimizer` must be a torch optimizer, got {type(optimizer).__name__}; pass the live one")
@@ -247,7 +237,7 @@ class ProgressiveUnfreezer:
         admission.refuse_loss(optimizer, parameters)
         put_back = take_out(optimizer, parameters)
         try:
-            return cls(blocks, optimizer, schedule, lr_schedulers, **options)
+            return cls(blocks, optimizer, *more, **options)
         except BaseException:
             put_back()
             raise
@@ -263,9 +253,8 @@ class ProgressiveUnfreezer:
 
         Raises:
             TypeError: `epoch` is no integer.
-            ValueError: `epoch` is negative, or the change is refused; then nothing has changed.
-            RuntimeError: The model no longer holds a part of a block, the optimizer not the template's group, or an
-                accumulation is not over; likewise.
+            ValueError: `epoch` is negative, or the change is refused; here and below nothing has changed then.
+            RuntimeError: A part of a block or the template's group has gone, or an accumulation is not over.
         """
         with _ONE_AT_A_TIME:
             number, reached = scheduled, _ = self.schedule.progress_at(epoch)
@@ -362,10 +351,7 @@ class ProgressiveUnfreezer:
     def state_dict(self) -> dict[str, Any]:
         """What is needed to replay the groups in a new process: small, of JSON's types alone.
 
-        Returns:
-            The schedule, each block's parameter names and shapes, the numbers of blocks last applied, the order of the
-            optimizer's groups, the history, and the caps' states; a guard that restores weights adds those, and only
-            then it is neither small nor JSON.
+        A guard that restores weights adds those, and only then it is neither.
         """
         return {
             "schedule": self.schedule.model_dump(mode="json"),

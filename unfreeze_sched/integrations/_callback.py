@@ -78,14 +78,7 @@ class Unfreezing:
     def _take_up(
         self, model: nn.Module, optimizer: Optimizer, lr_schedulers: Sequence[Any] | None, total: Callable[[], float]
     ) -> None:
-        """Begin a run: the blocks' parameters are taken out of the optimizer, to join in their turn.
-
-        Args:
-            model: Where the blocks are looked for.
-            optimizer: The live optimizer, of all parameters or of the head's.
-            lr_schedulers: All of this optimizer.
-            total: Gives the number of epochs or steps, asked for by a preset; below 1 or infinite where nobody knows.
-        """
+        """Begin a run; `total` gives a preset its number of epochs or steps, below 1 or infinite where nobody knows."""
         blocks, schedule = self._blocks_of(model), self._schedule
         if not isinstance(schedule, UnfreezeSchedule):
             if not 1 <= (number := total()) < math.inf:

@@ -12,8 +12,7 @@ from torch.optim.swa_utils import SWALR
 from unfreeze_sched._checks import as_count
 from unfreeze_sched.integrations._callback import Blocks, Head, Schedule, Unfreezing, Unit
 from unfreeze_sched.model.freezing import asked_of, is_held, is_norm, norms_of
-from unfreeze_sched.optimizer.groups import innermost, layers
-from unfreeze_sched.optimizer.watch import Watcher
+from unfreeze_sched.optimizer.groups import layers
 from unfreeze_sched.parallel import rewrap_ddp
 from unfreeze_sched.unfreezer import Options
 
@@ -30,16 +29,6 @@ else:
                 "`UnfreezeCallback` needs lightning, which is not installed; pip install 'unfreeze-sched[lightning]'",
                 name="lightning",
             ) from error
-
-
-class _Steps(Watcher):
-    """Counts the steps of one optimizer, where the Trainer counts those of all together."""
-
-    done = 0
-
-    def after_step(self) -> None:
-        """One more."""
-        self.done += 1
 
 
 class UnfreezeCallback(Unfreezing, Callback):
@@ -74,8 +63,6 @@ class UnfreezeCallback(Unfreezing, Callback):
         >>> callback = UnfreezeCallback(MEDIUM, layer_decay=0.8)  # Trainer(max_epochs=50, callbacks=[callback])
     """
 
-    _steps: _Steps = None  # type: ignore[assignment]  # likewise
-
     def __init__(
         self,
         schedule: Schedule,
@@ -89,13 +76,7 @@ class UnfreezeCallback(Unfreezing, Callback):
     ) -> None:
         super().__init__(schedule, blocks, unit, monitor, head, strict, **options)
         self._index = as_count(optimizer, "optimizer", minimum=0, fix="0 is the first of configure_optimizers")
-        self._saved: Mapping[str, Any] | None = None
-        self._modes: dict[nn.Module, bool] = {}  # asked of the norms, before evaluations of Lightning's own
-        self._statistics: dict[nn.Module, dict[str, Tensor]] = {}  # of held norms, where an SWA is going to reset them
-        self._epochs = 0
-        self._live: list[Any] = []  # the optimizer's LR schedulers, as last seen
-        self._applied_at: int | None = None  # the epoch or step
-        self._has_loaded = False  # within the fit
+        self._steps = 0
 
     @property
     def state_key(self) -> str:
@@ -104,21 +85,22 @@ class UnfreezeCallback(Unfreezing, Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The unfreezer's, and the number of steps, for the Trainer's checkpoint."""
-        return {**self.unfreezer.state_dict(), "steps": self._steps.done} if self.unfreezer else {}
+        return {**self.unfreezer.state_dict(), "steps": self._steps} if self.unfreezer else {}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Called by the Trainer: before there is an optimizer; or after, by strategies that shard, and by tuners."""
-        self._saved = state_dict or None
+        self._saved: Mapping[str, Any] | None = state_dict or None
         if self.unfreezer and self._saved:
             self._resume(self._saved)
             self._has_loaded = True
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Forget an earlier fit, take note of the norms' modes, and take the place among the callbacks."""
+        # Asked of the norms, before evaluations of Lightning's own.
         self._modes = {module: asked_of(module) for module in pl_module.modules() if is_norm(module)}
         if stage == "fit":
-            self.unfreezer = self._saved = None  # type: ignore[assignment]
-            self._statistics = {}
+            self.unfreezer = self._saved = None  # type: ignore[assignment]  # as at first
+            self._statistics: dict[nn.Module, dict[str, Tensor]] = {}  # of held norms, which an SWA is going to reset
             self._epochs = trainer.max_epochs or 0  # to which an SWA adds one, for norms
             trainer.callbacks = sorted(trainer.callbacks, key=_place)
 
@@ -136,14 +118,14 @@ class UnfreezeCallback(Unfreezing, Callback):
         )
         self._fixes = self._ways(pl_module)
         optimizer = trainer.optimizers[self._index]
-        self._live = _schedulers_of(optimizer, trainer)
+        self._live = _schedulers_of(optimizer, trainer)  # as last seen
         # An SWA that resumes has put the schedulers away; it brings its own.
         schedulers = None if self._saved and not self._live else self._live
         self._take_up(pl_module, optimizer, schedulers, lambda: self._total(trainer, pl_module))
-        done = self._steps.done if self._steps and trainer.global_step else 0  # this may be a further fit of a run
-        self._steps = _Steps(innermost(optimizer))
-        self._steps.done = done
-        self._applied_at, self._has_loaded = None, False
+        if not trainer.global_step:  # else this is a further fit of a run
+            self._steps = 0
+        self._applied_at: int | None = None  # the epoch or step
+        self._has_loaded = False  # within the fit
         norms = [norm for block in self.unfreezer.blocks for norm in norms_of(block)]
         self._modes = {norm: self._modes.get(norm, asked_of(norm)) for norm in norms}
         if self._saved:
@@ -164,6 +146,10 @@ class UnfreezeCallback(Unfreezing, Callback):
         """Bring the model to the state of the step."""
         if self._unit == "steps" and self._apply(trainer):
             self._log(trainer)
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        """Count the steps of this optimizer, where the Trainer counts those of all together."""
+        self._steps += optimizer is trainer.optimizers[self._index]
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Feed guards and triggers."""
@@ -210,7 +196,7 @@ class UnfreezeCallback(Unfreezing, Callback):
 
     def _resume(self, saved: Mapping[str, Any]) -> None:
         own = dict(saved)
-        self._steps.done = own.pop("steps", 0)
+        self._steps = own.pop("steps", 0)
         super()._resume(own)
 
     def _apply(self, trainer: Any) -> bool:
@@ -221,11 +207,10 @@ class UnfreezeCallback(Unfreezing, Callback):
             if _has(trainer.callbacks, "LearningRateFinder"):
                 self._take_over_rate()
         self._follow(trainer)
-        number = self._steps.done if self._unit == "steps" else trainer.current_epoch
-        if number == self._applied_at:
-            return False  # within an accumulation
+        number = self._steps if self._unit == "steps" else trainer.current_epoch
+        is_within = number == self._applied_at  # an accumulation
         self._applied_at = number
-        if not self._bring_to(number):
+        if is_within or not self._bring_to(number):
             return False
         self._settle(trainer)
         return True
