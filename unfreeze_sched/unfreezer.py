@@ -72,8 +72,7 @@ class ProgressiveUnfreezer:
             `"frozen"` also those of blocks that joined, so that the pretrained statistics stay, which suits small
             batches; `"fixed"` also keeps the weights and biases of batch norms (and of what else has running
             statistics) out of training and optimizer; `"train"` leaves the modes alone.
-        caps: Guards and triggers, such as `unfreeze_sched.guards.OverfitGuard`: no more blocks are unfrozen than the
-            schedule and each cap allow.
+        caps: Guards and triggers, such as `unfreeze_sched.guards.OverfitGuard`, which the schedule stays below.
 
     Attributes:
         history: What was unfrozen when, at what learning rates, and why.
@@ -82,16 +81,12 @@ class ProgressiveUnfreezer:
         TypeError: An argument of the wrong type.
         ValueError: An argument out of range, or a schedule for another number of blocks.
 
-    Warns:
-        UserWarning: The blocks' learning rate is not below the head's.
-
     Example:
         >>> import torch
-        >>> from torch import nn
         >>> from unfreeze_sched import RatePreset
         >>> net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
         >>> optimizer = torch.optim.AdamW(net[2].parameters(), lr=1e-3)
-        >>> blocks = [Block("first", (net[0],)), Block("second", (net[1],))]
+        >>> blocks = [Block("first", net[0]), Block("second", net[1])]
         >>> preset = RatePreset(unfreeze_start_epoch=1, unfreeze_rate=1)
         >>> schedule = UnfreezeSchedule(preset=preset, total_blocks=2, total_epochs=3)
         >>> unfreezer = ProgressiveUnfreezer(blocks, optimizer, schedule)
@@ -169,7 +164,8 @@ class ProgressiveUnfreezer:
         """An unfreezer for a loop that has its model, optimizer and LR schedulers already.
 
         The optimizer may hold the whole model: the blocks' parameters are taken out, in place, and each block joins
-        again in its turn. Call it before training, and before DDP wraps the model.
+        again in its turn. Call it before training, and before DDP wraps the model; it warns of what is trainable and in
+        neither a block nor the optimizer.
 
         Args:
             model: The bare model, not wrapped.
@@ -181,25 +177,16 @@ class ProgressiveUnfreezer:
             blocks: The blocks, shallow to deep; None takes `encoder_blocks(model, head=head)`.
             **options: Further ones of the constructor, from `learning_rate_scale` on.
 
-        Returns:
-            The unfreezer; call its `apply(epoch)` before each epoch.
-
         Raises:
             TypeError: An argument of the wrong type.
             ValueError: An argument out of range, blocks that are no parts of the model, or a group of blocks alone at
                 a rate of its own.
 
-        Warns:
-            UserWarning: Parameters are trainable and in neither a block nor the optimizer.
-
         Example:
             >>> import torch
             >>> net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
             >>> optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
-            >>> blocks = [Block("first", (net[0],))]
-            >>> unfreezer = ProgressiveUnfreezer.from_model(net, optimizer, total_epochs=50, blocks=blocks)
-            >>> [len(group["params"]) for group in optimizer.param_groups]
-            [2]
+            >>> unfreezer = ProgressiveUnfreezer.from_model(net, optimizer, 50, blocks=[Block("first", net[0])])
             >>> unfreezer.apply(10).added
             ('first/weight', 'first/bias')
         """

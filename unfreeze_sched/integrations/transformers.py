@@ -1,9 +1,4 @@
-"""`UnfreezeTrainerCallback` for the Trainer of transformers; [the guide](transformers.md).
-
-The Trainer has no event between making its optimizer and loading a checkpoint into it, where the groups have to be
-replayed, and none before its loggers get what it logs. So importing this module wraps `Trainer.log` and
-`Trainer._load_optimizer_and_scheduler`, which do nothing more for a Trainer without the callback.
-"""
+"""`UnfreezeTrainerCallback` for the Trainer of transformers; [the guide](transformers.md)."""
 
 from __future__ import annotations
 
@@ -128,29 +123,27 @@ class UnfreezeTrainerCallback(Unfreezing, TrainerCallback):  # type: ignore[misc
         state.stateful_callbacks[_STATE] = json.dumps(self.unfreezer.state_dict())
 
 
+# The Trainer has no event between making its optimizer and loading a checkpoint into it, where the groups have to be
+# replayed, and none before its loggers get what it logs. Without the callback these two do nothing more.
+_load, _log = Trainer._load_optimizer_and_scheduler, Trainer.log  # noqa: SLF001
+
+
 def _callbacks_of(trainer: Any) -> list[UnfreezeTrainerCallback]:
     return [each for each in trainer.callback_handler.callbacks if isinstance(each, UnfreezeTrainerCallback)]
 
 
-_load = Trainer._load_optimizer_and_scheduler  # noqa: SLF001  # see above
-_log = Trainer.log
-
-
 @functools.wraps(_load)
 def _replay_and_load(trainer: Any, checkpoint: str | None) -> None:
-    if checkpoint is not None:
-        for callback in _callbacks_of(trainer):
-            callback.begin(trainer.model, trainer.optimizer, trainer.lr_scheduler, trainer.state)
+    for callback in _callbacks_of(trainer) if checkpoint is not None else ():
+        callback.begin(trainer.model, trainer.optimizer, trainer.lr_scheduler, trainer.state)
     _load(trainer, checkpoint)
 
 
 @functools.wraps(_log)
 def _log_more(trainer: Any, logs: dict[str, float], *args: Any, **keywords: Any) -> None:
-    if "learning_rate" in logs:  # of a training step
-        for callback in _callbacks_of(trainer):
-            logs.update(callback.metrics())
+    for callback in _callbacks_of(trainer) if "learning_rate" in logs else ():  # of a training step
+        logs.update(callback.metrics())
     _log(trainer, logs, *args, **keywords)
 
 
-Trainer._load_optimizer_and_scheduler = _replay_and_load  # noqa: SLF001
-Trainer.log = _log_more
+Trainer._load_optimizer_and_scheduler, Trainer.log = _replay_and_load, _log_more  # noqa: SLF001
