@@ -273,8 +273,13 @@ class ProgressiveUnfreezer:
 
     def _bring_to(self, number: int, reached: int) -> GroupChange:
         """Unfreeze the deepest `number` blocks and freeze the others; the deepest `reached` blocks get a group."""
-        visited = self._to_visit(number, reached)
-        shallowest = len(self.blocks) - number  # index of the first block that is to train
+        total = len(self.blocks)
+        shallowest = total - number  # index of the first block that is to train
+        depths = range(total)  # counted from the head, of what may have to change: all, where others were at work
+        if self._applied is not None and self._is_as_left():
+            before, reached_before = self._applied
+            depths = range(min(number, before), max(number, before, reached if reached > reached_before else 0))
+        visited = range(total - 1 - depths.start, total - 1 - depths.stop, -1)
         flipped: dict[int, list[nn.Parameter]] = {index: [] for index in visited}
         with_gradient: list[nn.Parameter] = []
         try:
@@ -288,8 +293,7 @@ class ProgressiveUnfreezer:
                 for parameter in own:
                     parameter.requires_grad = index < shallowest
             raise
-        for parameter in with_gradient:
-            parameter.grad = None  # a step would still apply it, and clipping count it
+        drop_gradients(with_gradient)
         for index in visited:
             if self.norms in {"frozen", "fixed"} or (self.norms == "eval" and index < shallowest):
                 hold_in_eval(norms_of(self.blocks[index]))
@@ -301,18 +305,6 @@ class ProgressiveUnfreezer:
         self._applied, self._seen_groups, self._seen_length = (number, reached), groups, len(groups)
         self._has_changed, self._unapplied = True, None
         return change
-
-    def _to_visit(self, number: int, reached: int) -> range:
-        """Indices of the blocks that may have to change, deepest first; all, where more than `apply` was at work.
-
-        Depth counts from the head, 0 being the deepest block, and is turned into an index here and nowhere else.
-        """
-        total = len(self.blocks)
-        depths = range(total)
-        if self._applied is not None and self._is_as_left():
-            before, reached_before = self._applied
-            depths = range(min(number, before), max(number, before, reached if reached > reached_before else 0))
-        return range(total - 1 - depths.start, total - 1 - depths.stop, -1)
 
     def _record(self, epoch: int, number: int, scheduled: int) -> None:
         """Note a change of the number, and the moment at which a cap begins to hold blocks back."""
@@ -389,13 +381,13 @@ class ProgressiveUnfreezer:
                 f"{listed(found, most=5, separator='; ')}; rebuild what was saved"
             )
         names = [block.name for block in self.blocks[::-1]]
-        strange = [
+        number, reached = saved.applied or (0, 0)
+        strange = [] if number <= reached <= len(names) else [f"applied={[number, reached]}"]
+        strange += [
             short(past)
             for past in saved.history
             if past.total != len(names) or list(past.learning_rates) not in ([], names[: past.number])
         ]
-        if saved.applied and not saved.applied[0] <= saved.applied[1] <= len(names):
-            strange.insert(0, f"applied={list(saved.applied)}")
         if strange:
             raise ValueError(
                 f"`state_dict` must be one that ProgressiveUnfreezer gave, got {strange[0]} of {len(names)} blocks; "
