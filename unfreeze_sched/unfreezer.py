@@ -313,13 +313,12 @@ class ProgressiveUnfreezer:
             self._found_frozen = []
         last = self.history.last
         binding = next((cap for cap in self.caps if cap.cap == number < scheduled), None)
-        holder = "" if binding is None else type(binding).__name__
-        if last is not None and last.number == number and (not holder or last.reason.startswith(holder)):
+        reason = "schedule" if binding is None else type(binding).__name__
+        if last is not None and last.number == number and (binding is None or last.reason.startswith(reason)):
             return
-        reason = "schedule"
         if binding is not None:
             rises = number > (last.number if last else 0)
-            reason = f"{holder}: " + ("the next block may join" if rises else binding.reason)
+            reason += ": " + ("the next block may join" if rises else binding.reason)
         rates = self.rebuilder.learning_rates()
         unfrozen = {block.name: rates.get(block.name, math.nan) for block in self.blocks[::-1][:number]}
         if not all(map(math.isfinite, unfrozen.values())):
