@@ -77,6 +77,7 @@ class UnfreezeCallback(Unfreezing, Callback):
         super().__init__(schedule, blocks, unit, monitor, head, strict, **options)
         self._index = as_count(optimizer, "optimizer", minimum=0, fix="0 is the first of configure_optimizers")
         self._steps = 0
+        self._modes: dict[nn.Module, bool] = {}  # asked of the norms, before evaluations of Lightning's own
 
     @property
     def state_key(self) -> str:
@@ -96,7 +97,6 @@ class UnfreezeCallback(Unfreezing, Callback):
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Forget an earlier fit, take note of the norms' modes, and take the place among the callbacks."""
-        # Asked of the norms, before evaluations of Lightning's own.
         self._modes = {module: asked_of(module) for module in pl_module.modules() if is_norm(module)}
         if stage == "fit":
             self.unfreezer = self._saved = None  # type: ignore[assignment]  # as at first
