@@ -54,6 +54,11 @@ def use(model: nn.Module) -> None:
     unfreezer.apply("0")  # type: ignore[arg-type]
     ProgressiveUnfreezer(blocks, optimizer, schedule, membership="early")  # type: ignore[arg-type]
 
+    from_model = ProgressiveUnfreezer.from_model(model, optimizer, 50, layer_decay=0.8, norms="frozen")
+    assert_type(from_model, ProgressiveUnfreezer)
+    ProgressiveUnfreezer.from_model(model, optimizer, 50, norms="cold")  # type: ignore[arg-type]
+    ProgressiveUnfreezer.from_model(model, optimizer, 50, layer_dekay=0.8)  # type: ignore[call-arg]
+
     guard, trigger = OverfitGuard(patience=3, mode="max"), PlateauTrigger()
     guarded = ProgressiveUnfreezer(blocks, optimizer, schedule, caps=[guard, trigger], probe="local")
     guard.step(0.5)

@@ -6,13 +6,13 @@ import logging
 import math
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any, Self, get_args
+from typing import Annotated, Any, Self, TypedDict, Unpack, get_args
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field
 from torch import nn
 from torch.optim import Optimizer
 
-from unfreeze_sched._checks import as_count, as_state, differences, listed, one_of, short, warn
+from unfreeze_sched._checks import as_state, differences, listed, one_of, short, warn
 from unfreeze_sched.guards import Cap, checked_caps
 from unfreeze_sched.history import History, Transition
 from unfreeze_sched.model import Block
@@ -38,6 +38,21 @@ log = logging.getLogger("unfreeze_sched")
 _ONE_AT_A_TIME = threading.RLock()  # of the module, since a lock goes into no copy and no pickle
 
 
+class Options(TypedDict, total=False):
+    """The keywords of `ProgressiveUnfreezer` that whatever makes one passes on."""
+
+    learning_rate_scale: Scale | None
+    layer_decay: float
+    template: int
+    on_refreeze: OnRefreeze
+    membership: Membership
+    no_decay: bool | Overrides
+    warmup_steps: int
+    norms: Norms
+    probe: Probe
+    caps: Sequence[Cap]
+
+
 class ProgressiveUnfreezer:
     """Unfreezes an encoder's blocks by a schedule, and lets them join the live optimizer.
 
@@ -51,20 +66,13 @@ class ProgressiveUnfreezer:
         schedule: Its `total_blocks` is the number of blocks.
         lr_schedulers: All the LR schedulers of the optimizer; None says that there is none.
         learning_rate_scale: In (0, 1], or one for each block, by its name; None takes the preset's.
-        layer_decay: As for `OptimizerRebuilder`, like the rest.
-        template: 0-based index of the group that joining groups clone.
-        on_refreeze: `"keep"` or `"drop"`.
-        membership: `"late"` or `"declared"`.
-        no_decay: False, True, or a function of name and parameter.
-        warmup_steps: At least 0.
-        norms: `"eval"` holds the norm layers of frozen blocks in evaluation mode, even after `model.train()`;
-            `"frozen"` holds them there after their block joined, too, so that the pretrained statistics stay, which
-            suits small batches; `"fixed"` also keeps the weights and biases of batch norms (and of what else has
-            running statistics) out of training and optimizer, while those of LayerNorm and its like train with their
-            block; `"train"` leaves their mode alone.
-        probe: `"ranks"`, `"local"` or `"off"`, as for `OptimizerRebuilder`.
-        caps: Guards and triggers, such as `unfreeze_sched.guards.OverfitGuard`: no more blocks are unfrozen than the
-            schedule and each cap allow.
+        layer_decay: As for `OptimizerRebuilder`, like `template`, `on_refreeze`, `membership`, `no_decay`,
+            `warmup_steps` and `probe`.
+        norms: `"eval"` holds the norm layers of frozen blocks in evaluation mode, through `model.train()` too;
+            `"frozen"` also those of blocks that joined, so that the pretrained statistics stay, which suits small
+            batches; `"fixed"` also keeps the weights and biases of batch norms (and of what else has running
+            statistics) out of training and optimizer; `"train"` leaves the modes alone.
+        caps: Guards and triggers, such as `unfreeze_sched.guards.OverfitGuard`, which the schedule stays below.
 
     Attributes:
         history: What was unfrozen when, at what learning rates, and why.
@@ -73,16 +81,12 @@ class ProgressiveUnfreezer:
         TypeError: An argument of the wrong type.
         ValueError: An argument out of range, or a schedule for another number of blocks.
 
-    Warns:
-        UserWarning: The blocks' learning rate is not below the head's.
-
     Example:
         >>> import torch
-        >>> from torch import nn
         >>> from unfreeze_sched import RatePreset
         >>> net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
         >>> optimizer = torch.optim.AdamW(net[2].parameters(), lr=1e-3)
-        >>> blocks = [Block("first", (net[0],)), Block("second", (net[1],))]
+        >>> blocks = [Block("first", net[0]), Block("second", net[1])]
         >>> preset = RatePreset(unfreeze_start_epoch=1, unfreeze_rate=1)
         >>> schedule = UnfreezeSchedule(preset=preset, total_blocks=2, total_epochs=3)
         >>> unfreezer = ProgressiveUnfreezer(blocks, optimizer, schedule)
@@ -113,20 +117,17 @@ class ProgressiveUnfreezer:
         self.norms: Norms = one_of(norms, "norms", get_args(Norms))
         self.caps = checked_caps(caps)
         self.history = History()
-        blocks = tuple(blocks) if isinstance(blocks, Iterable) else blocks  # the rebuilder refuses what is none
-        if isinstance(blocks, tuple) and blocks and len(blocks) != schedule.total_blocks:
+        blocks = validate_blocks(blocks)
+        if len(blocks) != schedule.total_blocks:
             raise ValueError(
                 f"`schedule` must be for the {len(blocks)} blocks given, got total_blocks={schedule.total_blocks}; "
                 "pass total_blocks=len(blocks)"
             )
-        if norms == "fixed":
-            blocks = with_fixed_norms(validate_blocks(blocks))
-        scale = schedule.preset.learning_rate_scale if learning_rate_scale is None else learning_rate_scale
         self.rebuilder = OptimizerRebuilder(
             optimizer,
-            blocks,
+            with_fixed_norms(blocks) if norms == "fixed" else blocks,
             lr_schedulers,
-            learning_rate_scale=scale,
+            schedule.preset.learning_rate_scale if learning_rate_scale is None else learning_rate_scale,
             layer_decay=layer_decay,
             template=template,
             on_refreeze=on_refreeze,
@@ -158,21 +159,13 @@ class ProgressiveUnfreezer:
         preset: Preset = MEDIUM,
         head: Iterable[nn.Module | nn.Parameter] | Optimizer | None = None,
         blocks: Iterable[Block] | None = None,
-        learning_rate_scale: Scale | None = None,
-        layer_decay: float = 1.0,
-        template: int = 0,
-        on_refreeze: OnRefreeze = "keep",
-        membership: Membership = "late",
-        no_decay: bool | Overrides = False,
-        warmup_steps: int = 0,
-        norms: Norms = "eval",
-        probe: Probe = "ranks",
-        caps: Sequence[Cap] = (),
+        **options: Unpack[Options],
     ) -> Self:
         """An unfreezer for a loop that has its model, optimizer and LR schedulers already.
 
         The optimizer may hold the whole model: the blocks' parameters are taken out, in place, and each block joins
-        again in its turn. Call it before training, and before DDP wraps the model.
+        again in its turn. Call it before training, and before DDP wraps the model; it warns of what is trainable and in
+        neither a block nor the optimizer.
 
         Args:
             model: The bare model, not wrapped.
@@ -182,36 +175,18 @@ class ProgressiveUnfreezer:
             preset: When blocks are unfrozen.
             head: What trains from the start, as for `encoder_blocks`.
             blocks: The blocks, shallow to deep; None takes `encoder_blocks(model, head=head)`.
-            learning_rate_scale: As for the constructor, like all that follow.
-            layer_decay: Likewise.
-            template: Likewise.
-            on_refreeze: Likewise.
-            membership: Likewise.
-            no_decay: Likewise.
-            warmup_steps: Likewise.
-            norms: Likewise.
-            probe: Likewise.
-            caps: Likewise.
-
-        Returns:
-            The unfreezer; call its `apply(epoch)` before each epoch.
+            **options: Further ones of the constructor, from `learning_rate_scale` on.
 
         Raises:
             TypeError: An argument of the wrong type.
-            ValueError: An argument out of range, blocks that are no parts of the model, or an optimizer with a group of
-                blocks alone at a rate of its own.
-
-        Warns:
-            UserWarning: Parameters are trainable and in neither a block nor the optimizer.
+            ValueError: An argument out of range, blocks that are no parts of the model, or a group of blocks alone at
+                a rate of its own.
 
         Example:
             >>> import torch
             >>> net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
             >>> optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
-            >>> blocks = [Block("first", (net[0],))]
-            >>> unfreezer = ProgressiveUnfreezer.from_model(net, optimizer, total_epochs=50, blocks=blocks)
-            >>> [len(group["params"]) for group in optimizer.param_groups]
-            [2]
+            >>> unfreezer = ProgressiveUnfreezer.from_model(net, optimizer, 50, blocks=[Block("first", net[0])])
             >>> unfreezer.apply(10).added
             ('first/weight', 'first/bias')
         """
@@ -225,28 +200,11 @@ class ProgressiveUnfreezer:
             raise TypeError(
                 f"`preset` must be a preset, got {type(preset).__name__}; pass MEDIUM, or make a RatePreset"
             )
-        total = as_count(
-            total_epochs, "total_epochs", minimum=1, fix="it is the number of epochs of the run, such as 50"
-        )
         if blocks is not None and head is not None:
             raise ValueError("`head` must be left out where blocks are given, got both; what is in no block is head")
         blocks = encoder_blocks(model, head=head) if blocks is None else parts_of(unwrap(model), blocks)
-        unfreezer = cls.taking_out(
-            blocks,
-            optimizer,
-            UnfreezeSchedule(preset=preset, total_blocks=len(blocks), total_epochs=total),
-            lr_schedulers=lr_schedulers,
-            learning_rate_scale=learning_rate_scale,
-            layer_decay=layer_decay,
-            template=template,
-            on_refreeze=on_refreeze,
-            membership=membership,
-            no_decay=no_decay,
-            warmup_steps=warmup_steps,
-            norms=norms,
-            probe=probe,
-            caps=caps,
-        )
+        schedule = UnfreezeSchedule(preset=preset, total_blocks=len(blocks), total_epochs=total_epochs)
+        unfreezer = cls.taking_out(blocks, optimizer, schedule, lr_schedulers, **options)
         held = {id(parameter) for block in blocks for parameter in block.parameters()}
         held.update(id(parameter) for group in optimizer.param_groups for parameter in group["params"])
         if left := [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]:
@@ -258,24 +216,15 @@ class ProgressiveUnfreezer:
         return unfreezer
 
     @classmethod
-    def taking_out(
-        cls, blocks: Sequence[Block], optimizer: Optimizer, schedule: UnfreezeSchedule, **options: Any
-    ) -> Self:
-        """As the constructor, of an optimizer that may hold the blocks' parameters: they are taken out first.
-
-        Args:
-            blocks: The encoder's blocks, shallow to deep.
-            optimizer: The live optimizer; it is as it was where something is refused.
-            schedule: For these blocks.
-            **options: The constructor's further ones.
-        """
+    def taking_out(cls, blocks: Sequence[Block], optimizer: Optimizer, *more: Any, **options: Unpack[Options]) -> Self:
+        """As the constructor, of an optimizer that may hold the blocks' parameters: they are taken out first."""
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"`optimizer` must be a torch optimizer, got {type(optimizer).__name__}; pass the live one")
         parameters = [parameter for block in blocks for parameter in block.parameters()]
         admission.refuse_loss(optimizer, parameters)
         put_back = take_out(optimizer, parameters)
         try:
-            return cls(blocks, optimizer, schedule, **options)
+            return cls(blocks, optimizer, *more, **options)
         except BaseException:
             put_back()
             raise
@@ -291,9 +240,8 @@ class ProgressiveUnfreezer:
 
         Raises:
             TypeError: `epoch` is no integer.
-            ValueError: `epoch` is negative, or the change is refused; then nothing has changed.
-            RuntimeError: The model no longer holds a part of a block, the optimizer not the template's group, or an
-                accumulation is not over; likewise.
+            ValueError: `epoch` is negative, or the change is refused; here and below nothing has changed then.
+            RuntimeError: A part of a block or the template's group has gone, or an accumulation is not over.
         """
         with _ONE_AT_A_TIME:
             number, reached = scheduled, _ = self.schedule.progress_at(epoch)
@@ -325,8 +273,13 @@ class ProgressiveUnfreezer:
 
     def _bring_to(self, number: int, reached: int) -> GroupChange:
         """Unfreeze the deepest `number` blocks and freeze the others; the deepest `reached` blocks get a group."""
-        visited = self._to_visit(number, reached)
-        shallowest = len(self.blocks) - number  # index of the first block that is to train
+        total = len(self.blocks)
+        shallowest = total - number  # index of the first block that is to train
+        depths = range(total)  # counted from the head, of what may have to change: all, where others were at work
+        if self._applied is not None and self._is_as_left():
+            before, reached_before = self._applied
+            depths = range(min(number, before), max(number, before, reached if reached > reached_before else 0))
+        visited = range(total - 1 - depths.start, total - 1 - depths.stop, -1)
         flipped: dict[int, list[nn.Parameter]] = {index: [] for index in visited}
         with_gradient: list[nn.Parameter] = []
         try:
@@ -340,8 +293,7 @@ class ProgressiveUnfreezer:
                 for parameter in own:
                     parameter.requires_grad = index < shallowest
             raise
-        for parameter in with_gradient:
-            parameter.grad = None  # a step would still apply it, and clipping count it
+        drop_gradients(with_gradient)
         for index in visited:
             if self.norms in {"frozen", "fixed"} or (self.norms == "eval" and index < shallowest):
                 hold_in_eval(norms_of(self.blocks[index]))
@@ -354,18 +306,6 @@ class ProgressiveUnfreezer:
         self._has_changed, self._unapplied = True, None
         return change
 
-    def _to_visit(self, number: int, reached: int) -> range:
-        """Indices of the blocks that may have to change, deepest first; all, where more than `apply` was at work.
-
-        Depth counts from the head, 0 being the deepest block, and is turned into an index here and nowhere else.
-        """
-        total = len(self.blocks)
-        depths = range(total)
-        if self._applied is not None and self._is_as_left():
-            before, reached_before = self._applied
-            depths = range(min(number, before), max(number, before, reached if reached > reached_before else 0))
-        return range(total - 1 - depths.start, total - 1 - depths.stop, -1)
-
     def _record(self, epoch: int, number: int, scheduled: int) -> None:
         """Note a change of the number, and the moment at which a cap begins to hold blocks back."""
         if self._found_frozen:
@@ -373,13 +313,12 @@ class ProgressiveUnfreezer:
             self._found_frozen = []
         last = self.history.last
         binding = next((cap for cap in self.caps if cap.cap == number < scheduled), None)
-        holder = "" if binding is None else type(binding).__name__
-        if last is not None and last.number == number and (not holder or last.reason.startswith(holder)):
+        reason = "schedule" if binding is None else type(binding).__name__
+        if last is not None and last.number == number and (binding is None or last.reason.startswith(reason)):
             return
-        reason = "schedule"
         if binding is not None:
             rises = number > (last.number if last else 0)
-            reason = f"{holder}: " + ("the next block may join" if rises else binding.reason)
+            reason += ": " + ("the next block may join" if rises else binding.reason)
         rates = self.rebuilder.learning_rates()
         unfrozen = {block.name: rates.get(block.name, math.nan) for block in self.blocks[::-1][:number]}
         if not all(map(math.isfinite, unfrozen.values())):
@@ -390,10 +329,7 @@ class ProgressiveUnfreezer:
     def state_dict(self) -> dict[str, Any]:
         """What is needed to replay the groups in a new process: small, of JSON's types alone.
 
-        Returns:
-            The schedule, each block's parameter names and shapes, the numbers of blocks last applied, the order of the
-            optimizer's groups, the history, and the caps' states; a guard that restores weights adds those, and only
-            then it is neither small nor JSON.
+        A guard that restores weights adds those, and only then it is neither.
         """
         return {
             "schedule": self.schedule.model_dump(mode="json"),
@@ -416,26 +352,23 @@ class ProgressiveUnfreezer:
             ValueError: It belongs to another schedule, model or division into blocks; nothing has changed.
         """
         with _ONE_AT_A_TIME:
-            self._load(as_state(_Saved, state_dict, "ProgressiveUnfreezer"), strict)
-
-    def _load(self, saved: _Saved, strict: bool) -> None:
-        self._refuse_other_run(saved, strict)
-        before = self.history.state_dict(), [cap.state_dict() for cap in self.caps]
-        try:
-            self.history.load_state_dict(saved.history)
-            self._refuse_other_history()
-            for cap, own in zip(self.caps, saved.caps, strict=True):
-                cap.load_state_dict(own)
+            saved = as_state(_Saved, state_dict, "ProgressiveUnfreezer")
+            self._refuse_other_run(saved, strict)
+            before = self.history.state_dict(), [cap.state_dict() for cap in self.caps]
+            try:
+                self.history.load_state_dict(saved.history)  # type: ignore[arg-type]  # transitions are as good
+                for cap, own in zip(self.caps, saved.caps, strict=True):
+                    cap.load_state_dict(own)
+                    if saved.applied:
+                        cap.follow(saved.applied[0], len(self.blocks))  # as when it was saved; refuses other blocks
                 if saved.applied:
-                    cap.follow(saved.applied[0], len(self.blocks))  # as it did when it was saved; refuses other blocks
-            if saved.applied:
-                self._bring_to(*saved.applied)
-                self.rebuilder.restore_order(saved.groups)
-        except BaseException:
-            self.history.load_state_dict(before[0])
-            for cap, own in zip(self.caps, before[1], strict=True):
-                cap.load_state_dict(own)
-            raise
+                    self._bring_to(*saved.applied)
+                    self.rebuilder.restore_order(saved.groups)
+            except BaseException:
+                self.history.load_state_dict(before[0])
+                for cap, own in zip(self.caps, before[1], strict=True):
+                    cap.load_state_dict(own)
+                raise
 
     def _refuse_other_run(self, saved: _Saved, strict: bool) -> None:
         found = list(differences("blocks", saved.blocks, self._layout()))
@@ -446,10 +379,18 @@ class ProgressiveUnfreezer:
                 "`state_dict` must be of this schedule and these blocks, got "
                 f"{listed(found, most=5, separator='; ')}; rebuild what was saved"
             )
-        if saved.applied and saved.applied[1] > len(self.blocks):
+        names = [block.name for block in self.blocks[::-1]]
+        number, reached = saved.applied or (0, 0)
+        strange = [] if number <= reached <= len(names) else [f"applied={[number, reached]}"]
+        strange += [
+            short(past)
+            for past in saved.history
+            if past.total != len(names) or list(past.learning_rates) not in ([], names[: past.number])
+        ]
+        if strange:
             raise ValueError(
-                f"`state_dict` must be one that ProgressiveUnfreezer gave, got applied={list(saved.applied)} of "
-                f"{len(self.blocks)} blocks; pass a saved state_dict() as it is"
+                f"`state_dict` must be one that ProgressiveUnfreezer gave, got {strange[0]} of {len(names)} blocks; "
+                "pass a saved state_dict() as it is"
             )
         # Blocks' groups stand behind those of the user's own that were there before them.
         before = saved.groups[: max((i for i, known in enumerate(saved.groups) if known), default=0)].count(None)
@@ -464,16 +405,6 @@ class ProgressiveUnfreezer:
                 "pass the caps of the saved run"
             )
 
-    def _refuse_other_history(self) -> None:
-        """Refuse a history that the next transition could not go on from."""
-        names = [block.name for block in self.blocks[::-1]]
-        for past in self.history:
-            if past.total != len(names) or list(past.learning_rates) not in ([], names[: past.number]):
-                raise ValueError(
-                    f"`state_dict['history']` must be of these blocks, got {past.number} of {past.total} at epoch "
-                    f"{past.epoch}, {short(list(past.learning_rates))}; pass a saved state_dict() as it is"
-                )
-
     def _layout(self) -> dict[str, dict[str, list[int]]]:
         # In the order of the groups, since an optimizer's state is loaded by place: equal shapes would not tell.
         return {
@@ -486,17 +417,11 @@ _Number = Annotated[int, Field(strict=True, ge=0)]
 
 
 class _Saved(BaseModel):
-    """What `ProgressiveUnfreezer.state_dict` gives; most of it is looked at by its owners."""
+    """What `ProgressiveUnfreezer.state_dict` gives."""
 
     schedule: Any
-    blocks: Any
+    blocks: dict[str, Any]
     applied: tuple[_Number, _Number] | None
     groups: list[tuple[str, _Number] | None]
-    history: Any
+    history: list[Transition]
     caps: list[Any]
-
-    @model_validator(mode="after")
-    def _no_more_than_reached(self) -> Self:
-        if self.applied and self.applied[0] > self.applied[1]:
-            raise ValueError(f"applied={list(self.applied)}")
-        return self

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 L = pytest.importorskip("lightning.pytorch")
 
 from lightning.pytorch.loggers import CSVLogger  # noqa: E402  # after the skip
+from lightning.pytorch.utilities.exceptions import MisconfigurationException  # noqa: E402
 
 from unfreeze_sched import (  # noqa: E402
     MEDIUM,
@@ -672,6 +673,12 @@ def test_a_fit_is_refused(tmp_path: Path, make: Any, callback: Any, error: str) 
     """What does not fit the module's optimizers or blocks is refused when training starts, with one fix."""
     with pytest.raises(ValueError, match=re.escape(error)):
         fit(tmp_path, make(Net()), callback=callback())
+
+
+def test_a_fit_that_lightning_refuses(tmp_path: Path) -> None:
+    """What is wrong before any callback is set up is told as it is."""
+    with pytest.raises(MisconfigurationException, match="training_step"):
+        trainer(tmp_path, UnfreezeCallback(PRESET, blocks_of)).fit(L.LightningModule(), loader())
 
 
 def test_a_preset_needs_an_end(tmp_path: Path) -> None:

@@ -90,4 +90,4 @@ def test_the_guide(tmp_path: Path) -> None:
     run = cli.LightningCLI(
         Module, run=False, save_config_callback=None, seed_everything_default=0, args=["--config", str(config)]
     )
-    assert callback_of(run)._arguments.schedule == MilestonePreset(milestones={10: 1, 20: 4})
+    assert callback_of(run)._schedule == MilestonePreset(milestones={10: 1, 20: 4})

@@ -96,6 +96,7 @@ def test_parameters_are_taken_out_in_place() -> None:
             "`total_epochs` must be an integer of at least 1, got 0; it is the number of epochs of the run, such as 50",
         ),
         ({"preset": "medium"}, TypeError, "`preset` must be a preset, got str; pass MEDIUM, or make a RatePreset"),
+        ({"layer_dekay": 0.8}, TypeError, "unexpected keyword argument 'layer_dekay'"),
         (
             {"norms": "odd"},
             ValueError,

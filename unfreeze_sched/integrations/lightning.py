@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Unpack
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import SWALR
 
 from unfreeze_sched._checks import as_count
-from unfreeze_sched.guards import Cap
-from unfreeze_sched.integrations._callback import Arguments, Blocks, Head, Schedule, Unit, metrics
-from unfreeze_sched.model.freezing import Norms, asked_of, is_held, is_norm, norms_of
-from unfreeze_sched.optimizer.groups import innermost, layers
-from unfreeze_sched.optimizer.rebuilder import Membership, OnRefreeze, Scale
-from unfreeze_sched.optimizer.subsets import Overrides
-from unfreeze_sched.optimizer.watch import Probe, Watcher
+from unfreeze_sched.integrations._callback import Blocks, Head, Schedule, Unfreezing, Unit
+from unfreeze_sched.model.freezing import asked_of, is_held, is_norm, norms_of
+from unfreeze_sched.optimizer.groups import layers
 from unfreeze_sched.parallel import rewrap_ddp
-from unfreeze_sched.unfreezer import ProgressiveUnfreezer
+from unfreeze_sched.unfreezer import Options
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback
@@ -34,26 +30,8 @@ else:
                 name="lightning",
             ) from error
 
-_FIXES = {
-    "`lr_schedulers` must be of known classes": (
-        "say what it keeps for each group, by unfreeze_sched.optimizer.rates.register, or return another from "
-        "configure_optimizers"
-    ),
-    "`lr_schedulers` must hold": "return it from configure_optimizers, where the callback finds it",
-}
 
-
-class _Steps(Watcher):
-    """Counts the steps of one optimizer, where the Trainer counts those of all together."""
-
-    done = 0
-
-    def after_step(self) -> None:
-        """One more."""
-        self.done += 1
-
-
-class UnfreezeCallback(Callback):
+class UnfreezeCallback(Unfreezing, Callback):
     """Unfreezes blocks at the start of epochs or steps, and lets them join an optimizer of `configure_optimizers`.
 
     That optimizer may hold the whole model: the blocks' parameters are taken out when training starts, and each joins
@@ -72,17 +50,9 @@ class UnfreezeCallback(Callback):
         unit: What the schedule counts: `"epochs"`, or `"steps"` of that optimizer.
         monitor: Name of a metric, logged in validation, that `caps` are fed with.
         head: What trains from the start, as for `encoder_blocks`, or a function of the LightningModule.
-        learning_rate_scale: As for `ProgressiveUnfreezer`, like all that follow up to `caps`.
-        layer_decay: In (0, 1].
-        template: 0-based index among the optimizer's own groups.
-        on_refreeze: `"keep"` or `"drop"`.
-        membership: `"late"` or `"declared"`.
-        no_decay: False, True, or a function of name and parameter.
-        warmup_steps: At least 0.
-        norms: `"eval"`, `"frozen"`, `"fixed"` or `"train"`.
-        probe: `"ranks"`, `"local"` or `"off"`.
-        caps: Guards and triggers.
         strict: False lets a run be resumed with another schedule, such as one of more blocks.
+        **options: As for `ProgressiveUnfreezer`: `learning_rate_scale`, `layer_decay`, `template` (among the
+            optimizer's own groups), `on_refreeze`, `membership`, `no_decay`, `warmup_steps`, `norms`, `probe`, `caps`.
 
     Raises:
         TypeError: An argument of the wrong type.
@@ -93,9 +63,6 @@ class UnfreezeCallback(Callback):
         >>> callback = UnfreezeCallback(MEDIUM, layer_decay=0.8)  # Trainer(max_epochs=50, callbacks=[callback])
     """
 
-    unfreezer: ProgressiveUnfreezer | None = None
-    """That of the present or last fit; None before the first."""
-
     def __init__(
         self,
         schedule: Schedule,
@@ -104,49 +71,13 @@ class UnfreezeCallback(Callback):
         unit: Unit = "epochs",
         monitor: str | None = None,
         head: Head | None = None,
-        learning_rate_scale: Scale | None = None,
-        layer_decay: float = 1.0,
-        template: int = 0,
-        on_refreeze: OnRefreeze = "keep",
-        membership: Membership = "late",
-        no_decay: bool | Overrides = False,
-        warmup_steps: int = 0,
-        norms: Norms = "eval",
-        probe: Probe = "ranks",
-        caps: Sequence[Cap] = (),
         strict: bool = True,
+        **options: Unpack[Options],
     ) -> None:
-        self._arguments = Arguments(
-            schedule,
-            blocks,
-            head,
-            unit,
-            monitor,
-            strict,
-            {
-                "learning_rate_scale": learning_rate_scale,
-                "layer_decay": layer_decay,
-                "template": template,
-                "on_refreeze": on_refreeze,
-                "membership": membership,
-                "no_decay": no_decay,
-                "warmup_steps": warmup_steps,
-                "norms": norms,
-                "probe": probe,
-                "caps": caps,
-            },
-            _FIXES,
-        )
+        super().__init__(schedule, blocks, unit, monitor, head, strict, **options)
         self._index = as_count(optimizer, "optimizer", minimum=0, fix="0 is the first of configure_optimizers")
-        self._saved: Mapping[str, Any] | None = None
+        self._steps = 0
         self._modes: dict[nn.Module, bool] = {}  # asked of the norms, before evaluations of Lightning's own
-        self._statistics: dict[nn.Module, dict[str, Tensor]] = {}  # of held norms, where an SWA is going to reset them
-        self._epochs = 0
-        self._covered: list[bool] = []
-        self._live: list[Any] = []  # the optimizer's LR schedulers, as last seen
-        self._steps: _Steps | None = None
-        self._applied_at: int | None = None
-        self._has_loaded = False  # within the fit
 
     @property
     def state_key(self) -> str:
@@ -155,23 +86,21 @@ class UnfreezeCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The unfreezer's, and the number of steps, for the Trainer's checkpoint."""
-        if self.unfreezer is None or self._steps is None:
-            return {}
-        return {**self.unfreezer.state_dict(), "steps": self._steps.done}
+        return {**self.unfreezer.state_dict(), "steps": self._steps} if self.unfreezer else {}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Called by the Trainer: before there is an optimizer; or after, by strategies that shard, and by tuners."""
-        self._saved = state_dict or None
+        self._saved: Mapping[str, Any] | None = state_dict or None
         if self.unfreezer and self._saved:
-            self._load(self._saved)
+            self._resume(self._saved)
             self._has_loaded = True
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Forget an earlier fit, take note of the norms' modes, and take the place among the callbacks."""
         self._modes = {module: asked_of(module) for module in pl_module.modules() if is_norm(module)}
         if stage == "fit":
-            self.unfreezer = self._saved = None
-            self._statistics = {}
+            self.unfreezer = self._saved = None  # type: ignore[assignment]  # as at first
+            self._statistics: dict[nn.Module, dict[str, Tensor]] = {}  # of held norms, which an SWA is going to reset
             self._epochs = trainer.max_epochs or 0  # to which an SWA adds one, for norms
             trainer.callbacks = sorted(trainer.callbacks, key=_place)
 
@@ -182,43 +111,31 @@ class UnfreezeCallback(Callback):
                 f"`optimizer` must be below {len(trainer.optimizers)}, the number of optimizers of "
                 f"configure_optimizers, got {self._index}; 0 is the first"
             )
-        self._arguments.refuse_unfed(
+        self._refuse_unfed(
             validates=_validates(trainer),
             fix="give the fit a validation loader and its module a validation_step, with limit_val_batches above 0 and "
             "check_val_every_n_epoch within the run",
         )
+        self._fixes = self._ways(pl_module)
         optimizer = trainer.optimizers[self._index]
-        self._live = _schedulers_of(optimizer, trainer)
-        self.unfreezer = self._arguments.unfreezer(
-            pl_module,
-            optimizer,
-            # An SWA that resumes has put them away; it brings its own.
-            None if self._saved and not self._live else self._live,
-            lambda: self._total(trainer, pl_module),
-            _network(pl_module),
-        )
-        done = self._steps.done if self._steps and trainer.global_step else 0  # this may be a further fit of a run
-        self._steps = _Steps(innermost(optimizer))
-        self._steps.done = done
-        self._applied_at, self._has_loaded = None, False
+        self._live = _schedulers_of(optimizer, trainer)  # as last seen
+        # An SWA that resumes has put the schedulers away; it brings its own.
+        schedulers = None if self._saved and not self._live else self._live
+        self._take_up(pl_module, optimizer, schedulers, lambda: self._total(trainer, pl_module))
+        if not trainer.global_step:  # else this is a further fit of a run
+            self._steps = 0
+        self._applied_at: int | None = None  # the epoch or step
+        self._has_loaded = False  # within the fit
         norms = [norm for block in self.unfreezer.blocks for norm in norms_of(block)]
         self._modes = {norm: self._modes.get(norm, asked_of(norm)) for norm in norms}
-        self._covered = self._trainable()
         if self._saved:
-            self._load(self._saved)
+            self._resume(self._saved)
             self._settle(trainer)
-        elif any(_is(callback, "LearningRateFinder", "BatchSizeFinder") for callback in trainer.callbacks):
+        elif _has(trainer.callbacks, "LearningRateFinder", "BatchSizeFinder"):
             self._apply(trainer)  # they come next, and are to train what the run begins with
-
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Bring the model to the first state, unless a checkpoint did."""
-        del pl_module
-        if not self._saved:
-            self._apply(trainer)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Bring the model to the state of the epoch or step, and log it."""
-        del pl_module
         for norm, statistics in self._statistics.items():  # an SWA may have reset them just now
             for name, value in statistics.items():
                 norm.get_buffer(name).copy_(value)
@@ -227,32 +144,47 @@ class UnfreezeCallback(Callback):
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Bring the model to the state of the step."""
-        del pl_module, batch, batch_idx
-        if self._arguments.unit == "steps" and self._apply(trainer):
+        if self._unit == "steps" and self._apply(trainer):
             self._log(trainer)
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        """Count the steps of this optimizer, where the Trainer counts those of all together."""
+        self._steps += optimizer is trainer.optimizers[self._index]
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Feed guards and triggers."""
-        del pl_module
-        if self.unfreezer and trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._arguments.feed(self.unfreezer, trainer.callback_metrics)
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._feed(trainer.callback_metrics)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """As at the end of a run, which then has none."""
-        del exception
         self.teardown(trainer, pl_module, "fit")
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Take back what evaluations asked of held norms: Lightning restores the modes past `train()`."""
-        del trainer, pl_module, stage
         for norm in filter(is_held, self._modes):
             norm.train(self._modes[norm])
+
+    def _ways(self, pl_module: nn.Module) -> dict[str, str]:
+        """The ways out of refusals that are Lightning's own, by their beginnings."""
+        asks = "`head` must say what trains from the start, got None for a "
+        way = f"pass blocks=lambda module: encoder_blocks(module{_network(pl_module)}"
+        return {
+            f"{asks}{type(pl_module).__name__},": f"{way})",
+            asks: f"{way}, head=[...])",
+            "`model`": f"{way})" if self._head is None else f"{way}, head=[...])",
+            "`lr_schedulers` must be of known classes": (
+                "say what it keeps for each group, by unfreeze_sched.optimizer.rates.register, or return another from "
+                "configure_optimizers"
+            ),
+            "`lr_schedulers` must hold": "return it from configure_optimizers, where the callback finds it",
+        }
 
     def _total(self, trainer: Any, pl_module: Any) -> float:
         """The number of epochs or steps that a preset is laid over; 0 where nobody knows."""
         if trainer.fast_dev_run:  # its one epoch says nothing of the run that the preset is meant for
             return 1_000
-        if self._arguments.unit == "epochs":
+        if self._unit == "epochs":
             return self._epochs
         if not pl_module.automatic_optimization:
             return 0
@@ -262,96 +194,81 @@ class UnfreezeCallback(Callback):
             trainer.fit_loop._combined_loader = None  # noqa: SLF001  # as Lightning's tuners do
         return total
 
-    def _load(self, saved: Mapping[str, Any]) -> None:
-        assert self.unfreezer is not None
-        assert self._steps is not None
+    def _resume(self, saved: Mapping[str, Any]) -> None:
         own = dict(saved)
-        self._steps.done = own.pop("steps", 0)
-        self._arguments.load(self.unfreezer, own)
+        self._steps = own.pop("steps", 0)
+        super()._resume(own)
 
     def _apply(self, trainer: Any) -> bool:
         """Bring the model to the present state; whether it changed."""
-        assert self.unfreezer is not None
-        assert self._steps is not None
         if self._has_loaded:
             self._has_loaded = False
             self._settle(trainer)
-            if any(_is(callback, "LearningRateFinder") for callback in trainer.callbacks):
+            if _has(trainer.callbacks, "LearningRateFinder"):
                 self._take_over_rate()
         self._follow(trainer)
-        number = trainer.current_epoch
-        if self._arguments.unit == "steps":
-            number = self._steps.done
-            if number == self._applied_at:
-                return False  # within an accumulation
+        number = self._steps if self._unit == "steps" else trainer.current_epoch
+        is_within = number == self._applied_at  # an accumulation
         self._applied_at = number
-        if not self._arguments.apply(self.unfreezer, number):
+        if is_within or not self._bring_to(number):
             return False
         self._settle(trainer)
         return True
 
     def _follow(self, trainer: Any) -> None:
         """Take note of LR schedulers that took over, as an SWA's does."""
-        assert self.unfreezer is not None
-        rebuilder = self.unfreezer.rebuilder
-        live = _schedulers_of(rebuilder.optimizer, trainer)
+        live = _schedulers_of(self.unfreezer.rebuilder.optimizer, trainer)
         if live == self._live:
             return
-        self._live = rebuilder.lr_schedulers = live
+        self._live = self.unfreezer.rebuilder.lr_schedulers = live
         for scheduler in live:
             if isinstance(scheduler, SWALR):
                 # Without epochs to anneal over, the rate is at its peak already.
-                keys = ("initial_lr", "swa_lr") if scheduler.anneal_epochs else ("initial_lr", "swa_lr", "lr")
-                for group, template, ratio in rebuilder.shares():
-                    if group["swa_lr"] == template["swa_lr"]:  # one for all groups, no list of the user's
-                        group.update({key: template[key] * ratio for key in keys})
+                self._share("swa_lr", "initial_lr", *(() if scheduler.anneal_epochs else ("lr",)))
 
     def _take_over_rate(self) -> None:
-        """Go on from the rate that a search left in all groups: each block at its share, and the schedulers' last."""
-        assert self.unfreezer is not None
+        """Go on from the rate that a search left in all groups, which the schedulers have to know of."""
+        self._share("lr")
         rebuilder = self.unfreezer.rebuilder
-        for group, template, ratio in rebuilder.shares():
-            group["lr"] = template["lr"] * ratio
         for scheduler in self._live:
             if hasattr(scheduler, "_last_lr"):
                 scheduler._last_lr = [group["lr"] for group in rebuilder.optimizer.param_groups]  # noqa: SLF001  # torch's
         if not self._live:
             rebuilder.lr_schedulers = None  # the search's own left its marks
 
+    def _share(self, *keys: str) -> None:
+        """Give each block its share of what was written into all groups alike; a list of the user's own is left."""
+        for group, template, ratio in self.unfreezer.rebuilder.shares():
+            if group[keys[0]] == template[keys[0]]:
+                group.update({key: template[key] * ratio for key in keys})
+
     def _settle(self, trainer: Any) -> None:
         """After a change: the norms' modes, and a DDP that covers what trains now."""
-        assert self.unfreezer is not None
         if self.unfreezer.norms != "train":
             for norm, mode in self._modes.items():
                 norm.train(mode)  # after validation Lightning restores modes past `train()`, unseen by what holds norms
-        if any(_is(callback, "StochasticWeightAveraging") for callback in trainer.callbacks):
+        if _has(trainer.callbacks, "StochasticWeightAveraging"):
             held = filter(is_held, self._modes)
             self._statistics = {norm: {name: b.clone() for name, b in norm.named_buffers()} for norm in held}
-        after, ddp = self._trainable(), trainer.strategy.model
-        if after != self._covered and isinstance(ddp, DistributedDataParallel) and not ddp.find_unused_parameters:
+        ddp = trainer.strategy.model
+        if isinstance(ddp, DistributedDataParallel) and not ddp.find_unused_parameters:
             trainer.strategy.model = rewrap_ddp(ddp)
-            self._covered = after
 
     def _log(self, trainer: Any) -> None:
-        assert self.unfreezer is not None
         for logger in trainer.loggers:
             # The step of Lightning's own metrics, as LearningRateMonitor has it.
             step = trainer.fit_loop.epoch_loop._batches_that_stepped  # noqa: SLF001
-            logger.log_metrics(metrics(self.unfreezer, self.unfreezer.rebuilder.learning_rates()), step=step)
-
-    def _trainable(self) -> list[bool]:
-        assert self.unfreezer is not None
-        return [p.requires_grad for block in self.unfreezer.blocks for p in block.parameters()]
+            logger.log_metrics(self._logged(self.unfreezer.rebuilder.learning_rates()), step=step)
 
 
-def _is(callback: Any, *names: str) -> bool:
-    """Whether a callback is of these classes of Lightning's, which has two packages."""
-    return any(cls.__name__ in names for cls in type(callback).__mro__)
+def _has(callbacks: Iterable[Any], *names: str) -> bool:
+    """Whether one of them is of these classes of Lightning's, which has two packages."""
+    return any(cls.__name__ in names for callback in callbacks for cls in type(callback).__mro__)
 
 
 def _place(callback: Any) -> int:
     """Where a callback stands: what swaps the LR scheduler first, then this, then what searches on what it leaves."""
-    return 0 if _is(callback, "StochasticWeightAveraging") else 1 if isinstance(callback, UnfreezeCallback) else 2
+    return 0 if _has([callback], "StochasticWeightAveraging") else 1 if isinstance(callback, UnfreezeCallback) else 2
 
 
 def _schedulers_of(optimizer: Any, trainer: Any) -> list[Any]:
