@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 import threading
@@ -425,3 +426,13 @@ class _Saved(BaseModel):
     groups: list[tuple[str, _Number] | None]
     history: list[Transition]
     caps: list[Any]
+
+
+def _show_options(function: Any) -> None:
+    """Let `help` and `inspect.signature` name the constructor's keywords in the place of `**options`."""
+    signature, constructor = inspect.signature(function), inspect.signature(ProgressiveUnfreezer).parameters
+    named = [constructor[name].replace(kind=inspect.Parameter.KEYWORD_ONLY) for name in Options.__annotations__]
+    function.__signature__ = signature.replace(parameters=[*list(signature.parameters.values())[:-1], *named])
+
+
+_show_options(ProgressiveUnfreezer.from_model.__func__)  # type: ignore[attr-defined]
