@@ -66,9 +66,7 @@ class Block:
                 f"`member_names` of block {name!r} must name each of its {len(held)} members, got {len(named)} names; "
                 "leave them out where the model is not known"
             )
-        object.__setattr__(self, "name", name)
-        object.__setattr__(self, "members", held)
-        object.__setattr__(self, "member_names", named)
+        vars(self).update(name=name, members=held, member_names=named)  # past what keeps others from writing
         if not any(True for _ in self.parameters()):
             raise ValueError(
                 f"`members` of block {name!r} must hold a parameter, got {len(held)} members without any; "
@@ -82,7 +80,7 @@ class Block:
     def all_parameters(self) -> Iterator[Named]:
         """The same, with those that are held fixed."""
         seen: set[int] = set()
-        for prefix, member in zip(self.prefixes(), self.members, strict=True):
+        for prefix, member in self.prefixed():
             if isinstance(member, nn.Parameter):
                 named: Iterable[Named] = ((prefix.rstrip("."), member),)
             else:
@@ -94,8 +92,7 @@ class Block:
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Each parameter once, in the order of the members."""
-        for _, parameter in self.named_parameters():
-            yield parameter
+        return (parameter for _, parameter in self.named_parameters())
 
     def is_frozen(self) -> bool:
         """Whether none of its parameters is trainable."""
@@ -109,27 +106,29 @@ class Block:
 
     def module_prefixes(self) -> Iterator[tuple[str, nn.Module]]:
         """Each module of the block, behind what its children's qualified names begin with."""
-        for prefix, member in zip(self.prefixes(), self.members, strict=True):
+        for prefix, member in self.prefixed():
             if isinstance(member, nn.Module):
                 yield from ((prefix + name + "." * bool(name), module) for name, module in member.named_modules())
 
+    def prefixed(self) -> Iterator[tuple[str, nn.Module | nn.Parameter]]:
+        """Each member, behind what the names of its own parts begin with."""
+        if self.member_names:
+            prefixes = [f"{name}." if name else "" for name in self.member_names]
+        elif len(self.members) == 1 and isinstance(self.members[0], nn.Module):
+            prefixes = [f"{self.name}/"]
+        else:
+            prefixes = [f"{self.name}/{index}." for index in range(len(self.members))]
+        return zip(prefixes, self.members, strict=True)
+
     def within(self, root: nn.Module) -> Block:
         """The same block, which knows the model that its members are parts of."""
-        return self._changed("root", root)
+        return self._changed(root=root)
 
     def holding(self, fixed: Iterable[nn.Parameter]) -> Block:
         """The same block, with some of its parameters held fixed."""
-        return self._changed("fixed", frozenset(fixed))
+        return self._changed(fixed=frozenset(fixed))
 
-    def _changed(self, name: str, value: Any) -> Block:
+    def _changed(self, **fields: Any) -> Block:
         block = copy.copy(self)
-        object.__setattr__(block, name, value)
+        vars(block).update(fields)
         return block
-
-    def prefixes(self) -> tuple[str, ...]:
-        """What the names of each member's own parts begin with."""
-        if self.member_names:
-            return tuple(f"{name}." if name else "" for name in self.member_names)
-        if len(self.members) == 1 and isinstance(self.members[0], nn.Module):
-            return (f"{self.name}/",)
-        return tuple(f"{self.name}/{index}." for index in range(len(self.members)))
