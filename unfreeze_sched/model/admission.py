@@ -15,13 +15,7 @@ ADAPTERS = r"pass patterns=[r'layer\.0\..*lora_', ...] to encoder_blocks, one a 
 
 
 def validate_blocks(blocks: Iterable[Block]) -> tuple[Block, ...]:
-    """The same blocks as a tuple, if they can be unfrozen one by one.
-
-    Raises:
-        TypeError: An item is not a `Block`.
-        ValueError: There is no block, a name or a parameter occurs twice, a parameter cannot be trained, or a block
-            holds a layer that PEFT adapted, base weight and all.
-    """
+    """The same blocks as a tuple; a TypeError or ValueError says what cannot be unfrozen one by one."""
     if not isinstance(blocks, Iterable):
         raise TypeError(
             f"`blocks` must be a sequence of blocks, got {type(blocks).__name__}; put a single one in a list"

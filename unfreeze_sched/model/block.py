@@ -23,8 +23,8 @@ class Block:
         member_names: Qualified names of the members in the model, one each, or nothing where the model is not known.
 
     Attributes:
-        root: The model that the members are parts of; None where it is not known, as it is by `encoder_blocks` and by
-            `ProgressiveUnfreezer.from_model`. Without it nobody can tell that a member was replaced in the model.
+        root: The model that the members are parts of, so that one which is replaced is noticed. `encoder_blocks` and
+            `ProgressiveUnfreezer.from_model` set it; else None.
         fixed: Parameters of the members that never train; none of those that the block lists.
 
     Raises:
@@ -56,21 +56,16 @@ class Block:
         held = (members,) if isinstance(members, (nn.Module, nn.Parameter)) else tuple(members)
         for member in held:
             if not isinstance(member, (nn.Module, nn.Parameter)):
-                raise TypeError(
-                    f"`members` of block {name!r} must be modules or parameters, got {type(member).__name__}; "
-                    "pass the modules themselves, not their names"
-                )
+                kind = type(member).__name__
+                raise TypeError(f"`members` of {name!r} must be modules or parameters, got {kind}; pass model.layer1")
         named = tuple(member_names)
         if named and len(named) != len(held):
-            raise ValueError(
-                f"`member_names` of block {name!r} must name each of its {len(held)} members, got {len(named)} names; "
-                "leave them out where the model is not known"
-            )
+            got = f"{len(named)} names for {len(held)} members"
+            raise ValueError(f"`member_names` of {name!r} must name each member, got {got}; name all of them, or none")
         vars(self).update(name=name, members=held, member_names=named)  # past what keeps others from writing
         if not any(True for _ in self.parameters()):
             raise ValueError(
-                f"`members` of block {name!r} must hold a parameter, got {len(held)} members without any; "
-                "leave the block out"
+                f"`members` of {name!r} must hold a parameter, got {len(held)} members without any; leave the block out"
             )
 
     def named_parameters(self) -> Iterator[Named]:

@@ -1,9 +1,4 @@
-"""An encoder divided into blocks by its structure, never by a model's name.
-
-The stages are the repeated children (`layer1`, `layer2`, ...) of the node that holds most of the encoder, or of each of
-several towers, in the order of how many stages follow. Every other parameter that is no head's goes to the last
-stage that feeds the operation that consumes it; what no stage feeds, the stem, goes to the first stage that it feeds.
-"""
+"""An encoder divided into blocks by its structure, never by a model's name: its stages, and what lies between them."""
 
 from __future__ import annotations
 
@@ -12,7 +7,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
@@ -26,6 +21,7 @@ log = logging.getLogger("unfreeze_sched")
 
 Uses = Mapping[nn.Parameter, int]
 Parts = list[tuple[str, nn.Module]]  # modules behind their qualified names
+Stages = dict[str, set[nn.Parameter]]  # under such a name, the parameters that no other stage shares
 
 # A node is passed over for its child where that child holds more than this share of the encoder's parameter tensors.
 # Tensors are counted, not elements: elements follow width, and a small model's embedding table or last stage would
@@ -39,19 +35,8 @@ _held_fixed = WeakIdKeyDictionary()
 once the schedule has frozen all of it."""
 
 
-class _Stage(NamedTuple):
-    name: str  # qualified in the model
-    own: set[nn.Parameter]  # those that no other stage shares
-
-
 def divided(model: nn.Module, head: frozenset[nn.Parameter] | None, example_input: Any) -> list[Block]:
-    """The blocks of a model's encoder, shallow to deep.
-
-    Args:
-        model: The model, unwrapped.
-        head: What is in no block; `None` where the model's conventions say it.
-        example_input: As for `encoder_blocks`, and so are the errors.
-    """
+    """The blocks of an unwrapped model's encoder below a head, which is `None` where the model's conventions say it."""
     encoder = known_encoder(model) if head is None else Encoder("", model, head)
     traced = _trace(model, head, example_input)
     if head is None:
@@ -59,19 +44,16 @@ def divided(model: nn.Module, head: frozenset[nn.Parameter] | None, example_inpu
     outside = encoder.head_of(traced)
     uses = {parameter: use for parameter, use in traced.uses.items() if parameter not in outside}
     if not uses or (head and not layers(model, uses)):  # a token alone is no encoder
-        what, fix = (
-            ("model", "name the blocks with patterns=") if head is None else ("head", "leave the encoder out of it")
-        )
-        raise ValueError(
-            f"`{what}` must leave an encoder below the head, got {type(model).__name__} without one; {fix}"
-        )
+        what = "`model`" if head is None else "`head`"
+        fix = "name the blocks with patterns=" if head is None else "leave the encoder out of it"
+        raise ValueError(f"{what} must leave an encoder below the head, got {type(model).__name__} without one; {fix}")
     found = _find_stages(encoder.name, encoder.top, uses)
     stages = _in_order(_as_stages(found, uses) or _as_stages(found, uses, least_dim=0), traced)
     places, at_run = _places(stages, traced, {traced.uses[p] for p in outside})
     owner = {parameter: places[use] for parameter, use in uses.items()}
-    owner |= {parameter: index for index, stage in enumerate(stages) for parameter in stage.own}
+    owner |= {parameter: index for index, own in enumerate(stages.values()) for parameter in own}
     ran = {module: at_run[run] for module, run in traced.runs.items()}
-    labels = [_label(stage.name, encoder) for stage in stages]
+    labels = [_label(name, encoder) for name in stages]
     return collected(model, labels, without_fixed(model, owner), ran, set(encoder.scope(traced).modules()))
 
 
@@ -112,13 +94,10 @@ def without_fixed(model: nn.Module, owner: Mapping[nn.Parameter, int]) -> dict[n
     return left
 
 
-def _places(stages: list[_Stage], traced: Trace, head: Collection[int]) -> tuple[list[int], list[int | None]]:
-    """The stage to which each operation belongs, and that of a module which runs there; `None` behind the head.
+def _places(stages: Stages, traced: Trace, head: Collection[int]) -> tuple[list[int], list[int | None]]:
+    """The stage of each operation, the last that feeds it, else the first that it feeds; and of what runs there.
 
-    Args:
-        stages: The stages, shallow to deep.
-        traced: The forward pass.
-        head: The operations that use the head's parameters.
+    The latter is `None` behind the operations of the head.
     """
     at = _positions(stages, traced)
     last = len(stages) - 1
@@ -127,10 +106,9 @@ def _places(stages: list[_Stage], traced: Trace, head: Collection[int]) -> tuple
     for sources in traced.inputs:
         before.append(max((max(before[source], at.get(source, -1)) for source in sources), default=-1))
         behind.append(any(behind[source] or source in head for source in sources))
-    after = [
-        at.get(operation, last) for operation in range(len(before))
-    ]  # the first stage that it is part of, or feeds
-    for operation in reversed(range(len(before))):
+    operations = range(len(traced.inputs))
+    after = [at.get(operation, last) for operation in operations]  # the first stage that it is part of, or feeds
+    for operation in reversed(operations):
         for source in traced.inputs[operation]:
             after[source] = min(after[source], after[operation])
     places = [fed if fed >= 0 else feeds for fed, feeds in zip(before, after, strict=True)]
@@ -147,7 +125,7 @@ def _parts(path: str, module: nn.Module, uses: Uses) -> Parts:
 
 
 def _find_stages(path: str, top: nn.Module, uses: Uses) -> Parts:
-    """The stages: alike children, or those of each tower, or failing that all children that hold a matrix."""
+    """The stages: alike children of the node that holds most, or those of each tower, or else all with a matrix."""
     total = len(_used(top, uses))
     name, node = path, top
     while True:
@@ -193,28 +171,28 @@ def _nesting(module: nn.Module, uses: Uses) -> int:
     return min(2, max((1 + _nesting(child, uses) for _, child in _parts("", module, uses)), default=0))
 
 
-def _as_stages(candidates: Parts, uses: Uses, least_dim: int = 2) -> list[_Stage]:
+def _as_stages(candidates: Parts, uses: Uses, least_dim: int = 2) -> Stages:
     """Those candidates that hold a matrix or kernel of their own; norms alone are no stage."""
     holders = Counter(parameter for _, child in candidates for parameter in _used(child, uses))
-    owned = [_Stage(name, {p for p in _used(child, uses) if holders[p] == 1}) for name, child in candidates]
-    return [stage for stage in owned if any(parameter.dim() >= least_dim for parameter in stage.own)]
+    owned = {name: {p for p in _used(child, uses) if holders[p] == 1} for name, child in candidates}
+    return {name: own for name, own in owned.items() if any(parameter.dim() >= least_dim for parameter in own)}
 
 
-def _in_order(stages: list[_Stage], traced: Trace) -> list[_Stage]:
+def _in_order(stages: Stages, traced: Trace) -> Stages:
     """From the input to the output: the more stages follow one after another, the shallower; of equals, the first."""
-    stages = sorted(stages, key=lambda stage: min(traced.uses[parameter] for parameter in stage.own))
-    at = _positions(stages, traced)
-    following = [0] * len(stages)
-    for later in reversed(range(len(stages))):
-        for earlier in {at[operation] for operation in traced.feeding(stages[later].own) if operation in at}:
+    run = sorted(stages.items(), key=lambda stage: min(traced.uses[parameter] for parameter in stage[1]))
+    at = _positions(dict(run), traced)
+    following = [0] * len(run)
+    for later in reversed(range(len(run))):
+        for earlier in {at[operation] for operation in traced.feeding(run[later][1]) if operation in at}:
             if earlier < later:
                 following[earlier] = max(following[earlier], following[later] + 1)
-    return [stages[index] for index in sorted(range(len(stages)), key=lambda index: -following[index])]
+    return dict(run[index] for index in sorted(range(len(run)), key=lambda index: -following[index]))
 
 
-def _positions(stages: list[_Stage], traced: Trace) -> dict[int, int]:
+def _positions(stages: Stages, traced: Trace) -> dict[int, int]:
     """The stage of each operation that consumes one of its own parameters first."""
-    return {traced.uses[parameter]: index for index, stage in enumerate(stages) for parameter in stage.own}
+    return {traced.uses[parameter]: index for index, own in enumerate(stages.values()) for parameter in own}
 
 
 def collected(
@@ -227,15 +205,13 @@ def collected(
     """The blocks, of the largest modules that lie in one, and bare parameters where a module is divided.
 
     A module without parameters is in one block too, as far as it is no part of several members: one activation object
-    that serves every stage stays in each.
+    that serves every stage stays in each. Those that did not run go with what is registered before them.
 
     Args:
         model: The model, unwrapped.
         labels: The names of the blocks.
         owner: The index of the block of each parameter that has one.
-        ran: The index of the block during which each module first ran, `None` for the head. It places the modules
-            without parameters; those that did not run go with what is registered before them. `None` where nothing
-            was run.
+        ran: That of the block during which each module first ran, `None` for the head; for those without parameters.
         scope: The modules without parameters that are placed at all; `None` for all.
     """
     members: list[dict[str, nn.Module | nn.Parameter]] = [{} for _ in labels]

@@ -29,10 +29,9 @@ def encoder_blocks(
 ) -> tuple[Block, ...]:
     r"""The blocks of a model's encoder, shallow to deep.
 
-    Every parameter that the forward pass uses is in exactly one block or in the head; what runs before the last
-    operation of the encoder is in a block. One that never receives a gradient is in none, nor is one that is not
-    trainable while others of its block are: what is held fixed stays fixed, and the log says which. The model is not
-    changed, not run on data, and none of its memory is copied.
+    Every parameter that the forward pass uses is in exactly one block or in the head. One that never receives a
+    gradient is in none, nor is one that is not trainable while others of its block are: what is held fixed stays
+    fixed, and the log says which. The model is not changed, not run on data, and none of its memory is copied.
 
     Args:
         model: An smp, timm, torchvision or transformers model, or any module with its `head`. DDP and `torch.compile`
@@ -54,8 +53,7 @@ def encoder_blocks(
     Raises:
         TypeError: An argument is of the wrong type.
         ValueError: The model has no blocks or does not run, its head is neither known nor given, or not in the model;
-            a pattern is broken, empty-handed or overlaps another; or PEFT adapted the model, and no patterns name the
-            adapters.
+            a pattern is broken, matches nothing or overlaps another; or PEFT adapted the model, and none names them.
 
     Example:
         >>> stage = lambda: nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
@@ -75,21 +73,21 @@ def encoder_blocks(
         raise ValueError(f"`model` must be initialized, got the lazy parameter {lazy[0]!r}; run one forward pass first")
     if not names:
         raise ValueError("`model` must have parameters, got none; pass the network that is to be fine-tuned")
-    if patterns is None and is_peft(model):
+    if patterns is not None:
+        for key, value, why in (
+            ("head", head, "what no pattern matches is head"),
+            ("example_input", example_input, "patterns need no forward pass"),
+        ):
+            if value is not None:
+                raise ValueError(f"`{key}` must be left out where patterns are given, got both; {why}")
+        return parts_of(model, _by_patterns(model, names, _compiled(patterns)))
+    if is_peft(model):
         raise ValueError(
             f"`patterns` must name the adapters of a {type(model).__name__}, got none: blocks found by structure would "
             f"unfreeze the base weights that PEFT froze; {ADAPTERS}"
         )
-    if patterns is None:
-        stated = None if head is None else stated_head(model, names, head)
-        return parts_of(model, divided(model, stated, example_input))
-    if head is not None:
-        raise ValueError("`head` must be left out where patterns are given, got both; what no pattern matches is head")
-    if example_input is not None:
-        raise ValueError(
-            "`example_input` must be left out where patterns are given, got both; patterns need no forward pass"
-        )
-    return parts_of(model, _by_patterns(model, names, _compiled(patterns)))
+    stated = None if head is None else stated_head(model, names, head)
+    return parts_of(model, divided(model, stated, example_input))
 
 
 def _parameter_names(model: nn.Module) -> dict[nn.Parameter, str]:

@@ -33,15 +33,10 @@ def unfreeze(block: Block) -> None:
 def set_requires_grad(
     parameters: Iterable[nn.Parameter], *, requires_grad: bool, flipped: list[nn.Parameter]
 ) -> list[nn.Parameter]:
-    """Set the flag of parameters, in one loop, since the first look at each of many tensors is what costs.
+    """Set the flag, and return those of the parameters on which it changed and that hold a gradient.
 
-    Args:
-        parameters: The parameters.
-        requires_grad: The flag.
-        flipped: Gets those on which it changes, each before it does, so that an interrupted call can be undone.
-
-    Returns:
-        Those of them that hold a gradient.
+    One loop, since the first look at each of many tensors is what costs. `flipped` gets each parameter before its flag
+    changes, so that an interrupted call can be undone.
     """
     with_gradient = []
     for parameter in parameters:
@@ -71,11 +66,7 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def with_fixed_norms(blocks: Iterable[Block]) -> tuple[Block, ...]:
-    """Blocks that hold the weights and biases of their batch norms fixed, as `norms="fixed"` asks for.
-
-    Raises:
-        ValueError: There is no batch norm, or a block holds nothing else.
-    """
+    """Blocks that hold the weights and biases of their batch norms fixed, as `norms="fixed"` asks for."""
     norms = [(block, [module for module in block.modules() if _is_batch_norm(module)]) for block in blocks]
     if not any(own for _, own in norms):
         raise ValueError(

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
 from unfreeze_sched.model.tracing import Trace, children, join, unwrap, walk
 
@@ -42,17 +43,7 @@ class Encoder(NamedTuple):
 
 
 def stated_head(model: nn.Module, names: Mapping[nn.Parameter, str], head: Any) -> frozenset[nn.Parameter]:
-    """The parameters that `head=` means.
-
-    Args:
-        model: The model.
-        names: Its parameters with their names.
-        head: Modules and parameters, or an optimizer.
-
-    Raises:
-        TypeError: It is none of these.
-        ValueError: Something is not in the model or holds nothing, or an optimizer holds all that trains.
-    """
+    """The parameters that `head=` means: modules and parameters, or an optimizer; an error says what is none."""
     if isinstance(head, Optimizer):
         return _held_by(head, model, names)
     if isinstance(head, (nn.Module, nn.Parameter)):
@@ -68,13 +59,10 @@ def stated_head(model: nn.Module, names: Mapping[nn.Parameter, str], head: Any) 
             kind, own = f"parameter of shape {tuple(part.shape)}", {"": part}
         else:
             raise TypeError(f"`head` must hold modules or parameters, got {type(part).__name__}; {_FIX}")
-        strange = [
-            f"whose {key!r} is" if key else "that is" for key, parameter in own.items() if parameter not in names
-        ]
-        if not own and unwrap(part) not in modules:
-            strange = ["that is"]
-        if strange:
-            raise ValueError(f"`head` must hold parts of the model, got a {kind} {strange[0]} not in it; {_FIX}")
+        strange = [f"whose {key!r}" if key else "that" for key, parameter in own.items() if parameter not in names]
+        if strange or (not own and unwrap(part) not in modules):
+            what = f"{kind} {strange[0] if strange else 'that'} is not in it"
+            raise ValueError(f"`head` must hold parts of the model, got a {what}; {_FIX}")
         if not own:
             raise ValueError(f"`head` must hold parameters, got a {kind} without any; leave it out of the list")
         stated.update(own.values())
@@ -107,11 +95,7 @@ def _parts(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def known_encoder(model: nn.Module) -> Encoder:
-    """The encoder by the conventions of the libraries, and of models that name an `encoder` or `backbone`.
-
-    Raises:
-        ValueError: No convention says what the head is.
-    """
+    """The encoder by the conventions of the libraries, and of models that name an `encoder` or `backbone`."""
     name, node, encoder = "", model, Encoder("", model)
     while True:
         inside = _parts(node)
@@ -136,11 +120,7 @@ def known_encoder(model: nn.Module) -> Encoder:
 
 
 def refuse_inner_head(model: nn.Module, traced: Trace) -> None:
-    """Refuse a task model of transformers beside whose base model nothing runs: its head lies within, unnamed.
-
-    Raises:
-        ValueError: There is one.
-    """
+    """Refuse a task model of transformers beside whose base model nothing runs: its head lies within, unnamed."""
     for name, node in walk(model):
         beside = dict(children(node))
         key = str(getattr(node, "base_model_prefix", None))
@@ -159,9 +139,7 @@ def _encoder_key(inside: Mapping[str, nn.Module], base: str | None) -> str | Non
 def _below_pyramid(encoder: Encoder) -> Encoder:
     """The detection backbones of torchvision hold a `body` and the pyramid above it, which is none of the encoder."""
     inside = dict(children(encoder.top))
-    if "body" in inside and "fpn" in inside:
-        return Encoder(join(encoder.name, "body"), inside["body"])
-    return encoder
+    return Encoder(join(encoder.name, "body"), inside["body"]) if {"body", "fpn"} <= inside.keys() else encoder
 
 
 def _root(module: nn.Module) -> str:
@@ -175,22 +153,18 @@ def _is_task_model(module: nn.Module) -> bool:
 
 def _library_head(node: nn.Module, inside: Mapping[str, nn.Module], *, is_base: bool) -> set[nn.Parameter] | None:
     """The head inside of a library's model; `None` where no library says what it is."""
-    root, path = _root(node), type(node).__module__
-    if callable(getattr(node, "get_classifier", None)) or root == "timm":
+    path = type(node).__module__
+    if callable(getattr(node, "get_classifier", None)) or _root(node) == "timm":
         return _timm_head(node)
-    if path.startswith("segmentation_models_pytorch.encoders"):
-        return set()
-    if path.startswith("torchvision.models"):
-        key = next((key for key in _CLASSIFIERS if hasattr(node, key)), None)
-        if key is not None and "backbone" not in inside:
-            return _torchvision_head(key, getattr(node, key))
-        return set() if path.startswith("torchvision.models._utils") else None
-    if root == "transformers" and isinstance(getattr(node, "base_model_prefix", None), str):
+    key = next((key for key in _CLASSIFIERS if hasattr(node, key)), None)
+    if path.startswith("torchvision.models") and key is not None and "backbone" not in inside:
+        return _torchvision_head(key, getattr(node, key))
+    whole = path.startswith(("segmentation_models_pytorch.encoders", "torchvision.models._utils"))
+    if _root(node) == "transformers" and isinstance(getattr(node, "base_model_prefix", None), str):
         modalities = getattr(node, "input_modalities", "")
         towers = not is_base and not isinstance(modalities, str) and len(modalities) > 1
         whole = not _is_task_model(node) and not towers and not {"backbone", "decoder"} & inside.keys()
-        return set() if whole else None
-    return None
+    return set() if whole else None
 
 
 def _timm_head(node: nn.Module) -> set[nn.Parameter]:
@@ -201,12 +175,8 @@ def _timm_head(node: nn.Module) -> set[nn.Parameter]:
     cfg = getattr(node, "pretrained_cfg", None)
     named = cfg.get("classifier") if isinstance(cfg, Mapping) else ()
     modules = dict(node.named_modules())
-    parts = [*_several(found), *(modules.get(name) for name in _several(named))]
+    parts = [*tree_leaves(found), *map(modules.get, tree_leaves(named))]
     return {p for part in parts if isinstance(part, nn.Module) for p in part.parameters()}
-
-
-def _several(value: Any) -> Collection[Any]:
-    return value if isinstance(value, (tuple, list)) else (value,)
 
 
 def _torchvision_head(key: str, head: Any) -> set[nn.Parameter]:

@@ -1,7 +1,4 @@
-"""Which parameters a forward pass uses, and what feeds what, by the autograd graph of a copy on fake tensors.
-
-Those have a shape, a type and a device, and no memory. A parameter that the graph does not reach gets no gradient.
-"""
+"""Which parameters a forward pass uses, and what feeds what: the autograd graph of a copy on tensors without memory."""
 
 from __future__ import annotations
 
@@ -23,11 +20,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import (  # the only part of torch that shares autograd but no data
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-)
+
+# The only part of torch that shares autograd but no data.
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -42,6 +37,7 @@ _USUAL_SIZES = (224, 256, 384, 299, 64, 32)
 _BATCH = 2  # a batch of one would lose its dimension to a `squeeze()`
 _TOKENS = 8
 _FRAMES = 16
+_NEEDS_DATA = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
 _SIZE_KEYS = ("img_size", "image_size")  # timm's, torchvision's and transformers' names
 
 
@@ -115,12 +111,9 @@ def trace(model: nn.Module, example_input: Any = None) -> Trace:
     """Run a copy of the model that holds no data, in evaluation mode, and read the autograd graph.
 
     Args:
-        model: The model; it is left untouched.
+        model: The model; it is left untouched, and its parameters and modules are the keys of the trace.
         example_input: A tensor, a tuple of positional or a dict of keyword arguments; `None` tries inputs that the
             model's own attributes suggest, and then usual ones.
-
-    Returns:
-        The uses of the parameters and the runs of the modules, keyed by those of `model`.
 
     Raises:
         TypeError: `example_input` is of another type.
@@ -143,7 +136,7 @@ def trace(model: nn.Module, example_input: Any = None) -> Trace:
                 with mode, guard:
                     args, kwargs = tree_map_only(Tensor, partial(_fake, mode), given)
                     output = twin(*args, **kwargs)
-            except (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode) as error:
+            except _NEEDS_DATA as error:
                 raise TraceError(
                     f"`model` must run forward without data, got {_first_line(error)}; no example_input= changes that, "
                     f"so name the blocks with patterns=, one a block, such as patterns=[r'{_pattern(model)}', ...]"
@@ -244,9 +237,9 @@ def _twin(model: nn.Module, mode: FakeTensorMode) -> tuple[nn.Module, dict[int, 
             if unwrap(module) is not module:
                 memo[id(module)] = copy.deepcopy(unwrap(module), memo)
         twin: nn.Module = copy.deepcopy(model, memo)
-        for hooks in (hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)):  # noqa: SLF001
-            ours = {handle: hook for handle, hook in hooks.items() if _is_structural(hook, owners)}
-            memo[id(hooks)].update(copy.deepcopy(ours, memo))
+        for module, key in product(modules, ("_forward_hooks", "_forward_pre_hooks")):
+            hooks = {handle: hook for handle, hook in vars(module)[key].items() if _is_structural(hook, owners)}
+            memo[id(vars(module)[key])].update(copy.deepcopy(hooks, memo))
     except Exception as error:
         raise TraceError(
             f"`model` must be copyable, got {_first_line(error)}; name the blocks with patterns=, which copies nothing"
@@ -294,8 +287,7 @@ def _is_structural(hook: Any, owners: set[int]) -> bool:
         hook = hook.func
     owner = getattr(hook, "__self__", hook)
     # transformers captures outputs in plain functions, which hold no module.
-    home = getattr(owner, "__module__", None) or type(owner).__module__
-    return id(owner) in owners or home.split(".")[0] in {"torch", "transformers"}
+    return id(owner) in owners or str(getattr(owner, "__module__", "")).split(".")[0] in {"torch", "transformers"}
 
 
 def _note_run(runs: dict[nn.Module, int], original: nn.Module, _module: nn.Module, _args: Any) -> None:
