@@ -47,8 +47,7 @@ def encoder_blocks(
 
     Returns:
         The blocks; `[0]` is the shallowest and holds the stem, `[-1]` is next to the head. Those of two towers side by
-        side are in the order of depth, counted from the output; `sorted` by name puts one tower after the other, and
-        one call a tower gives each its own.
+        side are in the order of depth, counted from the output; `sorted` by name puts one tower after the other.
 
     Raises:
         TypeError: An argument is of the wrong type.

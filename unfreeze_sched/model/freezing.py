@@ -92,9 +92,8 @@ def _is_batch_norm(module: nn.Module) -> bool:
 class _EvalHold:
     """Stands in for `module.train` while a norm layer is frozen: remembers the mode asked for, and stays in evaluation.
 
-    An attribute of the instance, since the mode has to survive a `train()` on any parent, and an object rather than a
-    closure, so that the model can still be pickled and deep-copied. It stands in for `reset_running_stats` too:
-    `update_bn` calls that, and then relies on training mode for new statistics.
+    An attribute of the instance, to survive a `train()` on any parent, and no closure, which cannot be pickled. It
+    stands in for `reset_running_stats` too: `update_bn` calls that, and then relies on training mode for new ones.
     """
 
     def __init__(self, module: nn.Module) -> None:

@@ -248,9 +248,9 @@ def _twin(model: nn.Module, mode: FakeTensorMode) -> tuple[nn.Module, dict[int, 
         own = vars(module)
         own["training"] = False  # not `eval()`, which models override
         own.pop("_compiled_call_impl", None)
-        # A reentrant checkpoint hides its inside from the graph.
-        flags = ("grad_checkpointing", "gradient_checkpointing")
-        own.update({key: False for key in flags if getattr(module, key, False) is True})
+        for flag in ("grad_checkpointing", "gradient_checkpointing"):
+            if getattr(module, flag, False) is True:
+                setattr(module, flag, False)  # a reentrant checkpoint hides its inside from the graph
         if getattr(own.get("config"), "_experts_implementation", None) == "grouped_mm":
             own["config"]._experts_implementation = "batched_mm"  # noqa: SLF001  # the other has no fake kernel in float32
     return twin, memo
