@@ -1,8 +1,4 @@
-"""The torch.nn side: an encoder's blocks, found and frozen.
-
-It imports the package's checks and nothing else of it. `encoder_blocks` loads on first use: who has blocks already, as
-the optimizer side has, needs no tracer.
-"""
+"""The torch.nn side: an encoder's blocks, found and frozen; who has them already needs no tracer."""
 
 from __future__ import annotations
 

@@ -15,26 +15,7 @@ ADAPTERS = r"pass patterns=[r'layer\.0\..*lora_', ...] to encoder_blocks, one a 
 
 
 def validate_blocks(blocks: Iterable[Block]) -> tuple[Block, ...]:
-    """Check that blocks can be unfrozen one by one: distinct names, no shared parameter, nothing that cannot train.
-
-    Args:
-        blocks: The blocks, shallow to deep.
-
-    Returns:
-        The same blocks as a tuple.
-
-    Raises:
-        TypeError: An item is not a `Block`.
-        ValueError: There is no block, a name or a parameter occurs twice, a parameter cannot be trained, or a block
-            holds a layer that PEFT adapted, base weight and all.
-
-    Example:
-        >>> layer = nn.Linear(2, 2)
-        >>> validate_blocks([Block("a", (layer,)), Block("b", (layer.bias,))])
-        Traceback (most recent call last):
-        ...
-        ValueError: `blocks` must not share a parameter, got 'a/bias' in 'a' and 'b'; leave it in one of them
-    """
+    """The same blocks as a tuple; a TypeError or ValueError says what cannot be unfrozen one by one."""
     if not isinstance(blocks, Iterable):
         raise TypeError(
             f"`blocks` must be a sequence of blocks, got {type(blocks).__name__}; put a single one in a list"
@@ -52,18 +33,21 @@ def validate_blocks(blocks: Iterable[Block]) -> tuple[Block, ...]:
         if block.name in names:
             raise ValueError(f"`blocks` must have distinct names, got {block.name!r} twice; rename one")
         names.add(block.name)
-        _refuse_adapted(block)
+        adapted = [module for module in block.modules() if is_peft(module) and hasattr(module, "get_base_layer")]
+        if adapted:
+            raise ValueError(
+                f"`blocks` must not hold a whole PEFT layer, got a {type(adapted[0]).__name__} in {block.name!r}: "
+                f"the base weight that PEFT froze would be unfrozen with it; {ADAPTERS}"
+            )
         for name, parameter in block.named_parameters():
-            if parameter in owners:
-                first, owner = owners[parameter]
+            first, owner = owners.setdefault(parameter, (name, block.name))
+            if owner != block.name:
                 raise ValueError(
                     f"`blocks` must not share a parameter, got {first!r} in {owner!r} and {block.name!r}; "
                     "leave it in one of them"
                 )
-            owners[parameter] = name, block.name
-            reason, fix = _why_untrainable(parameter)
-            if reason:
-                raise ValueError(f"`blocks` must hold trainable parameters, got {name!r}, which {reason}; {fix}")
+            if reason := _why_untrainable(parameter):
+                raise ValueError(f"`blocks` must hold trainable parameters, got {name!r}, which {reason}")
     return blocks
 
 
@@ -78,35 +62,12 @@ def parts_of(model: nn.Module, blocks: Iterable[Block]) -> tuple[Block, ...]:
 
 
 def gone(blocks: Iterable[Block]) -> list[str]:
-    """The names of members that the blocks' model, where it is known, does not hold, be it within a wrapper.
-
-    Example:
-        >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-        >>> blocks = [Block("first", model[0], ["0"]).within(model)]
-        >>> model[0] = nn.Sequential(model[0], nn.ReLU())
-        >>> gone(blocks)
-        []
-        >>> model[0] = nn.Linear(2, 2)
-        >>> gone(blocks)
-        ['0']
-    """
+    """The names of members that the blocks' model, where it is known, does not hold, be it within a wrapper."""
     known = [(block.root, block) for block in blocks if block.root is not None]
     held = {root: {*root.modules(), *root.parameters()} for root in dict(known)}
     return [
-        prefix.rstrip("./")
-        for root, block in known
-        for prefix, member in zip(block.prefixes(), block.members, strict=True)
-        if member not in held[root]
+        prefix.rstrip("./") for root, block in known for prefix, member in block.prefixed() if member not in held[root]
     ]
-
-
-def _refuse_adapted(block: Block) -> None:
-    for module in block.modules():
-        if is_peft(module) and hasattr(module, "get_base_layer"):
-            raise ValueError(
-                f"`blocks` must not hold a whole PEFT layer, got a {type(module).__name__} in {block.name!r}: "
-                f"the base weight that PEFT froze would be unfrozen with it; {ADAPTERS}"
-            )
 
 
 def is_peft(module: nn.Module) -> bool:
@@ -114,13 +75,11 @@ def is_peft(module: nn.Module) -> bool:
     return type(module).__module__.split(".")[0] == "peft"  # by name, since it is not imported for it
 
 
-def _why_untrainable(parameter: nn.Parameter) -> tuple[str, str]:
+def _why_untrainable(parameter: nn.Parameter) -> str:
     if isinstance(parameter, UninitializedParameter):
-        return "is not initialized", "run one forward pass first"
+        return "is not initialized; run one forward pass first"
     if not (parameter.is_floating_point() or parameter.is_complex()):
-        return f"is of {parameter.dtype}", "list the block's other members one by one"
+        return f"is of {parameter.dtype}; list the block's other members one by one"
     if parameter.is_inference():
-        return "was made in inference mode", "build the model outside of torch.inference_mode()"
-    if not parameter.is_leaf:
-        return "is computed from others", "list the parameter that it is computed from"
-    return "", ""
+        return "was made in inference mode; build the model outside of torch.inference_mode()"
+    return "" if parameter.is_leaf else "is computed from others; list the parameter that it is computed from"

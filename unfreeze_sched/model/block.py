@@ -23,8 +23,8 @@ class Block:
         member_names: Qualified names of the members in the model, one each, or nothing where the model is not known.
 
     Attributes:
-        root: The model that the members are parts of; None where it is not known, as it is by `encoder_blocks` and by
-            `ProgressiveUnfreezer.from_model`. Without it nobody can tell that a member was replaced in the model.
+        root: The model that the members are parts of, so that one which is replaced is noticed. `encoder_blocks` and
+            `ProgressiveUnfreezer.from_model` set it; else None.
         fixed: Parameters of the members that never train; none of those that the block lists.
 
     Raises:
@@ -56,23 +56,16 @@ class Block:
         held = (members,) if isinstance(members, (nn.Module, nn.Parameter)) else tuple(members)
         for member in held:
             if not isinstance(member, (nn.Module, nn.Parameter)):
-                raise TypeError(
-                    f"`members` of block {name!r} must be modules or parameters, got {type(member).__name__}; "
-                    "pass the modules themselves, not their names"
-                )
+                kind = type(member).__name__
+                raise TypeError(f"`members` of {name!r} must be modules or parameters, got {kind}; pass model.layer1")
         named = tuple(member_names)
         if named and len(named) != len(held):
-            raise ValueError(
-                f"`member_names` of block {name!r} must name each of its {len(held)} members, got {len(named)} names; "
-                "leave them out where the model is not known"
-            )
-        object.__setattr__(self, "name", name)
-        object.__setattr__(self, "members", held)
-        object.__setattr__(self, "member_names", named)
+            got = f"{len(named)} names for {len(held)} members"
+            raise ValueError(f"`member_names` of {name!r} must name each member, got {got}; name all of them, or none")
+        vars(self).update(name=name, members=held, member_names=named)  # past what keeps others from writing
         if not any(True for _ in self.parameters()):
             raise ValueError(
-                f"`members` of block {name!r} must hold a parameter, got {len(held)} members without any; "
-                "leave the block out"
+                f"`members` of {name!r} must hold a parameter, got {len(held)} members without any; leave the block out"
             )
 
     def named_parameters(self) -> Iterator[Named]:
@@ -82,7 +75,7 @@ class Block:
     def all_parameters(self) -> Iterator[Named]:
         """The same, with those that are held fixed."""
         seen: set[int] = set()
-        for prefix, member in zip(self.prefixes(), self.members, strict=True):
+        for prefix, member in self.prefixed():
             if isinstance(member, nn.Parameter):
                 named: Iterable[Named] = ((prefix.rstrip("."), member),)
             else:
@@ -94,8 +87,7 @@ class Block:
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Each parameter once, in the order of the members."""
-        for _, parameter in self.named_parameters():
-            yield parameter
+        return (parameter for _, parameter in self.named_parameters())
 
     def is_frozen(self) -> bool:
         """Whether none of its parameters is trainable."""
@@ -109,27 +101,29 @@ class Block:
 
     def module_prefixes(self) -> Iterator[tuple[str, nn.Module]]:
         """Each module of the block, behind what its children's qualified names begin with."""
-        for prefix, member in zip(self.prefixes(), self.members, strict=True):
+        for prefix, member in self.prefixed():
             if isinstance(member, nn.Module):
                 yield from ((prefix + name + "." * bool(name), module) for name, module in member.named_modules())
 
+    def prefixed(self) -> Iterator[tuple[str, nn.Module | nn.Parameter]]:
+        """Each member, behind what the names of its own parts begin with."""
+        if self.member_names:
+            prefixes = [f"{name}." if name else "" for name in self.member_names]
+        elif len(self.members) == 1 and isinstance(self.members[0], nn.Module):
+            prefixes = [f"{self.name}/"]
+        else:
+            prefixes = [f"{self.name}/{index}." for index in range(len(self.members))]
+        return zip(prefixes, self.members, strict=True)
+
     def within(self, root: nn.Module) -> Block:
         """The same block, which knows the model that its members are parts of."""
-        return self._changed("root", root)
+        return self._changed(root=root)
 
     def holding(self, fixed: Iterable[nn.Parameter]) -> Block:
         """The same block, with some of its parameters held fixed."""
-        return self._changed("fixed", frozenset(fixed))
+        return self._changed(fixed=frozenset(fixed))
 
-    def _changed(self, name: str, value: Any) -> Block:
+    def _changed(self, **fields: Any) -> Block:
         block = copy.copy(self)
-        object.__setattr__(block, name, value)
+        vars(block).update(fields)
         return block
-
-    def prefixes(self) -> tuple[str, ...]:
-        """What the names of each member's own parts begin with."""
-        if self.member_names:
-            return tuple(f"{name}." if name else "" for name in self.member_names)
-        if len(self.members) == 1 and isinstance(self.members[0], nn.Module):
-            return (f"{self.name}/",)
-        return tuple(f"{self.name}/{index}." for index in range(len(self.members)))

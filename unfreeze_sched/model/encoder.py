@@ -13,9 +13,9 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 
-from unfreeze_sched.model.admission import ADAPTERS, is_peft, validate_blocks
+from unfreeze_sched.model.admission import ADAPTERS, is_peft, parts_of
 from unfreeze_sched.model.block import Block
-from unfreeze_sched.model.division import Members, divided, without_fixed
+from unfreeze_sched.model.division import collected, divided, without_fixed
 from unfreeze_sched.model.head import stated_head
 from unfreeze_sched.model.tracing import join, unwrap, walk
 
@@ -29,10 +29,9 @@ def encoder_blocks(
 ) -> tuple[Block, ...]:
     r"""The blocks of a model's encoder, shallow to deep.
 
-    Every parameter that the forward pass uses is in exactly one block or in the head; what runs before the last
-    operation of the encoder is in a block. One that never receives a gradient is in none, nor is one that is not
-    trainable while others of its block are: what is held fixed stays fixed, and the log says which. The model is not
-    changed, not run on data, and none of its memory is copied.
+    Every parameter that the forward pass uses is in exactly one block or in the head. One that never receives a
+    gradient is in none, nor is one that is not trainable while others of its block are: what is held fixed stays
+    fixed, and the log says which. The model is not changed, not run on data, and none of its memory is copied.
 
     Args:
         model: An smp, timm, torchvision or transformers model, or any module with its `head`. DDP and `torch.compile`
@@ -48,14 +47,12 @@ def encoder_blocks(
 
     Returns:
         The blocks; `[0]` is the shallowest and holds the stem, `[-1]` is next to the head. Those of two towers side by
-        side are in the order of depth, counted from the output; `sorted` by name puts one tower after the other, and
-        one call a tower gives each its own.
+        side are in the order of depth, counted from the output; `sorted` by name puts one tower after the other.
 
     Raises:
         TypeError: An argument is of the wrong type.
         ValueError: The model has no blocks or does not run, its head is neither known nor given, or not in the model;
-            a pattern is broken, empty-handed or overlaps another; or PEFT adapted the model, and no patterns name the
-            adapters.
+            a pattern is broken, matches nothing or overlaps another; or PEFT adapted the model, and none names them.
 
     Example:
         >>> stage = lambda: nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
@@ -64,53 +61,32 @@ def encoder_blocks(
         [('1', ('0', '1')), ('2', ('2',))]
         >>> [block.name for block in encoder_blocks(model, patterns=[r"^1\.", r"^2\."])]
         ['1', '2']
-        >>> class Towers(nn.Module):
-        ...     def __init__(self):
-        ...         super().__init__()
-        ...         self.image, self.text = (nn.Sequential(stage(), stage()) for _ in range(2))
-        ...         self.scale = nn.Parameter(torch.ones(()))
-        ...     def forward(self, image, text):
-        ...         return self.scale * self.image(image) * self.text(text)
-        >>> towers, inputs = Towers(), (torch.zeros(2, 8, 4, 4), torch.zeros(2, 8, 4, 4))
-        >>> blocks = encoder_blocks(towers, head=[towers.scale], example_input=inputs)
-        >>> [block.name for block in blocks]
-        ['image.0', 'text.0', 'image.1', 'text.1']
-        >>> [block.name for block in sorted(blocks, key=lambda block: block.name.startswith("image"))]
-        ['text.0', 'text.1', 'image.0', 'image.1']
-        >>> [block.name for block in encoder_blocks(towers.text, head=())]
-        ['0', '1']
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a torch module, got {type(model).__name__}; pass the model itself")
-    if isinstance(unwrap(model), torch.jit.ScriptModule):
+    model = unwrap(model)
+    if isinstance(model, torch.jit.ScriptModule):
         raise TypeError("`model` must be an eager module, got a TorchScript one; find its blocks before scripting it")
     names = _parameter_names(model)
-    for parameter, name in names.items():
-        if isinstance(parameter, UninitializedParameter):
-            raise ValueError(  # noqa: TRY004  # the type is right, its state is not
-                f"`model` must be initialized, got the lazy parameter {name!r}; run one forward pass first"
-            )
+    if lazy := [name for parameter, name in names.items() if isinstance(parameter, UninitializedParameter)]:
+        raise ValueError(f"`model` must be initialized, got the lazy parameter {lazy[0]!r}; run one forward pass first")
     if not names:
         raise ValueError("`model` must have parameters, got none; pass the network that is to be fine-tuned")
-    if patterns is None and is_peft(unwrap(model)):
+    if patterns is not None:
+        for key, value, why in (
+            ("head", head, "what no pattern matches is head"),
+            ("example_input", example_input, "patterns need no forward pass"),
+        ):
+            if value is not None:
+                raise ValueError(f"`{key}` must be left out where patterns are given, got both; {why}")
+        return parts_of(model, _by_patterns(model, names, _compiled(patterns)))
+    if is_peft(model):
         raise ValueError(
-            f"`patterns` must name the adapters of a {type(unwrap(model)).__name__}, got none: blocks found by "
-            f"structure would unfreeze the base weights that PEFT froze; {ADAPTERS}"
+            f"`patterns` must name the adapters of a {type(model).__name__}, got none: blocks found by structure would "
+            f"unfreeze the base weights that PEFT froze; {ADAPTERS}"
         )
-    if patterns is None:
-        stated = None if head is None else stated_head(model, names, head)
-        return _in_place(model, divided(unwrap(model), stated, example_input))
-    if head is not None:
-        raise ValueError("`head` must be left out where patterns are given, got both; what no pattern matches is head")
-    if example_input is not None:
-        raise ValueError(
-            "`example_input` must be left out where patterns are given, got both; patterns need no forward pass"
-        )
-    return _in_place(model, _by_patterns(model, names, patterns))
-
-
-def _in_place(model: nn.Module, blocks: Iterable[Block]) -> tuple[Block, ...]:
-    return tuple(block.within(unwrap(model)) for block in validate_blocks(blocks))
+    stated = None if head is None else stated_head(model, names, head)
+    return parts_of(model, divided(model, stated, example_input))
 
 
 def _parameter_names(model: nn.Module) -> dict[nn.Parameter, str]:
@@ -122,15 +98,13 @@ def _parameter_names(model: nn.Module) -> dict[nn.Parameter, str]:
     return names
 
 
-def _trains(parameter: nn.Parameter) -> bool:
-    return parameter.is_floating_point() or parameter.is_complex()
-
-
-def _by_patterns(model: nn.Module, names: Mapping[nn.Parameter, str], patterns: Any) -> list[Block]:
-    compiled = [_compile(pattern) for pattern in _check_patterns(patterns)]
+def _by_patterns(
+    model: nn.Module, names: Mapping[nn.Parameter, str], patterns: Sequence[re.Pattern[str]]
+) -> list[Block]:
     owner: dict[nn.Parameter, int] = {}
-    for index, pattern in enumerate(compiled):
-        matched = [p for p, name in names.items() if pattern.search(name) and _trains(p)]
+    common: list[str] = []  # for each pattern, the innermost module that holds all that it matches
+    for index, pattern in enumerate(patterns):
+        matched = [p for p, name in names.items() if pattern.search(name) and (p.is_floating_point() or p.is_complex())]
         if not matched:
             raise ValueError(
                 f"`patterns` must each match a parameter, got {pattern.pattern!r}, which matches none; "
@@ -140,38 +114,34 @@ def _by_patterns(model: nn.Module, names: Mapping[nn.Parameter, str], patterns: 
             if parameter in owner:
                 raise ValueError(
                     f"`patterns` must not overlap, got {names[parameter]!r} matched by "
-                    f"{compiled[owner[parameter]].pattern!r} and {pattern.pattern!r}; make one of them narrower"
+                    f"{patterns[owner[parameter]].pattern!r} and {pattern.pattern!r}; make one of them narrower"
                 )
             owner[parameter] = index
-    members = Members(without_fixed(unwrap(model), owner))
-    members.visit("", unwrap(model))
-    prefixes = [_common_module([names[p] for p in owner if owner[p] == index]) for index in range(len(compiled))]
-    distinct = all(prefixes) and len(set(prefixes)) == len(prefixes)
-    labels = prefixes if distinct else [pattern.pattern for pattern in compiled]
-    return [members.block(index, label) for index, label in enumerate(labels)]
+        columns = zip(*(names[parameter].split(".")[:-1] for parameter in matched), strict=False)
+        common.append(".".join(column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns)))
+    distinct = all(common) and len(set(common)) == len(common)
+    labels = common if distinct else [pattern.pattern for pattern in patterns]
+    return collected(model, labels, without_fixed(model, owner))
 
 
-def _check_patterns(patterns: Any) -> list[str]:
+def _compiled(patterns: Any) -> list[re.Pattern[str]]:
     if isinstance(patterns, (str, bytes)) or not isinstance(patterns, Iterable):
         raise TypeError(
             f"`patterns` must be a list of regular expressions, got {patterns!r}; put a single one in a list"
         )
-    listed = list(patterns)
-    if not listed:
-        raise ValueError("`patterns` must hold at least one regular expression, got none; leave it out to find blocks")
-    for pattern in listed:
+    compiled = []
+    for pattern in patterns:
         if not isinstance(pattern, str):
             raise TypeError(f"`patterns` must hold strings, got {pattern!r}; write each block's regex as a string")
-    return listed
-
-
-def _compile(pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise ValueError(
-            f"`patterns` must be valid regular expressions, got {pattern!r} ({error}); escape special characters"
-        ) from error
+        try:
+            compiled.append(re.compile(pattern))
+        except re.error as error:
+            raise ValueError(
+                f"`patterns` must be valid regular expressions, got {pattern!r} ({error}); escape special characters"
+            ) from error
+    if not compiled:
+        raise ValueError("`patterns` must hold at least one regular expression, got none; leave it out to find blocks")
+    return compiled
 
 
 def _nearest(pattern: str, names: Iterable[str]) -> str:
@@ -179,9 +149,3 @@ def _nearest(pattern: str, names: Iterable[str]) -> str:
     known = {".".join(parts[:end]) for parts in (name.split(".") for name in names) for end in range(1, len(parts) + 1)}
     plain = re.sub(r"[\\^$]", "", pattern).strip(".*")
     return ", ".join(repr(name) for name in difflib.get_close_matches(plain, sorted(known), n=3, cutoff=0))
-
-
-def _common_module(names: Sequence[str]) -> str:
-    """The innermost module that holds all the named parameters, '' for the model itself."""
-    columns = zip(*(name.split(".")[:-1] for name in names), strict=False)
-    return ".".join(column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns))

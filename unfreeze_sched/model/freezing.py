@@ -33,17 +33,10 @@ def unfreeze(block: Block) -> None:
 def set_requires_grad(
     parameters: Iterable[nn.Parameter], *, requires_grad: bool, flipped: list[nn.Parameter]
 ) -> list[nn.Parameter]:
-    """Set the flag of parameters.
+    """Set the flag, and return those of the parameters on which it changed and that hold a gradient.
 
-    One loop, since the first look at each of many tensors is what costs.
-
-    Args:
-        parameters: The parameters.
-        requires_grad: The flag.
-        flipped: Gets those on which it changes, each before it does, so that an interrupted call can be undone.
-
-    Returns:
-        Those of them that hold a gradient.
+    One loop, since the first look at each of many tensors is what costs. `flipped` gets each parameter before its flag
+    changes, so that an interrupted call can be undone.
     """
     with_gradient = []
     for parameter in parameters:
@@ -67,36 +60,20 @@ def norms_of(block: Block) -> tuple[nn.Module, ...]:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether the module is a norm layer: by torch's classes, or by a buffer that only training writes."""
-    return isinstance(
-        module, (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
-    ) or not _WRITTEN_IN_TRAINING.isdisjoint(
-        module._buffers  # noqa: SLF001  # the module's own, without those of its children
-    )
+    """Whether the module is a norm layer: by torch's classes, or by a buffer of its own that only training writes."""
+    kinds = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+    return isinstance(module, kinds) or not _WRITTEN_IN_TRAINING.isdisjoint(module._buffers)  # noqa: SLF001
 
 
 def with_fixed_norms(blocks: Iterable[Block]) -> tuple[Block, ...]:
-    """Blocks that hold the weights and biases of their batch norms fixed, as `norms="fixed"` asks for.
-
-    Raises:
-        ValueError: There is no batch norm, or a block holds nothing else.
-
-    Example:
-        >>> (block,) = with_fixed_norms([Block("stem", nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))])
-        >>> [name for name, _ in block.named_parameters()]
-        ['stem/0.weight', 'stem/0.bias']
-    """
-    blocks = tuple(blocks)
-    norms = [[module for module in block.modules() if _is_batch_norm(module)] for block in blocks]
-    if not any(norms):
+    """Blocks that hold the weights and biases of their batch norms fixed, as `norms="fixed"` asks for."""
+    norms = [(block, [module for module in block.modules() if _is_batch_norm(module)]) for block in blocks]
+    if not any(own for _, own in norms):
         raise ValueError(
             "`norms` must find batch norms to hold, got 'fixed' for blocks without any; leave it out, since LayerNorm "
             "and its like keep no statistics, and train with their block"
         )
-    held = [
-        block.holding(parameter for norm in own for parameter in norm.parameters(recurse=False))
-        for block, own in zip(blocks, norms, strict=True)
-    ]
+    held = [block.holding(p for norm in own for p in norm.parameters(recurse=False)) for block, own in norms]
     for block in held:
         if not any(True for _ in block.parameters()):
             raise ValueError(
@@ -115,9 +92,8 @@ def _is_batch_norm(module: nn.Module) -> bool:
 class _EvalHold:
     """Stands in for `module.train` while a norm layer is frozen: remembers the mode asked for, and stays in evaluation.
 
-    An attribute of the instance, since the mode has to survive a `train()` on any parent, and an object rather than a
-    closure, so that the model can still be pickled and deep-copied. It stands in for `reset_running_stats` too:
-    `update_bn` calls that, and then relies on training mode for new statistics.
+    An attribute of the instance, to survive a `train()` on any parent, and no closure, which cannot be pickled. It
+    stands in for `reset_running_stats` too: `update_bn` calls that, and then relies on training mode for new ones.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -152,15 +128,12 @@ def is_held(module: nn.Module) -> bool:
 
 def asked_of(module: nn.Module) -> bool:
     """The mode that was asked of a module: that of one which is held is the library's own wish."""
-    hold = module.__dict__.get("train")
-    return hold.asked if isinstance(hold, _EvalHold) else module.training
+    return bool(module.__dict__["train"].asked if is_held(module) else module.training)
 
 
 def release(modules: Iterable[nn.Module]) -> None:
     """Let those of these modules that are held follow `train()` again, from the mode last asked of them; idempotent."""
     for module in modules:
-        hold = module.__dict__.get("train")
-        if isinstance(hold, _EvalHold):
-            del module.__dict__["train"]
+        if is_held(module):
+            module.training = module.__dict__.pop("train").asked
             module.__dict__.pop("reset_running_stats", None)
-            module.training = hold.asked

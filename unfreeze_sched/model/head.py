@@ -3,76 +3,49 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
+from typing import Any, NamedTuple
 
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
 from unfreeze_sched.model.tracing import Trace, children, join, unwrap, walk
 
 _CLASSIFIERS = ("fc", "classifier", "head", "heads")  # torchvision's names
 _SHOWN = 3  # children in the question for the head
+_FIX = "pass the modules that train from the start, such as head=[model.fc]"
 
 
-@dataclass(frozen=True)
-class Encoder:
-    """Where a model's encoder is.
+class Encoder(NamedTuple):
+    """Where a model's encoder is."""
 
-    Args:
-        name: Qualified name of the module that holds it; '' for the model.
-        top: That module. What is outside of it is head, except for what feeds it.
-        head: Parameters inside of it that are head.
-        around: The module above it, where that calls it its base model.
-    """
-
-    name: str
-    top: nn.Module
-    head: frozenset[nn.Parameter] = frozenset()
-    around: nn.Module | None = None
+    name: str  # qualified, of the module that holds it; '' for the model
+    top: nn.Module  # that module; what is outside of it is head, except for what feeds it
+    head: frozenset[nn.Parameter] = frozenset()  # parameters inside of it that are head
+    around: nn.Module | None = None  # the module above it, where that calls it its base model
 
     def scope(self, traced: Trace) -> nn.Module:
         """The module that is all encoder: `around` where `top` is a middle part of it, with embeddings before it."""
         if self.around is None or _root(self.around) != "transformers":
             return self.top
         inside = set(self.top.parameters())
-        feeding = traced.feeding(traced.uses[p] for p in inside if p in traced.uses)
+        feeding = traced.feeding(inside)
         middle = any(traced.uses.get(p) in feeding for p in self.around.parameters() if p not in inside)
         return self.around if middle else self.top
 
-    def head_of(self, model: nn.Module, traced: Trace) -> set[nn.Parameter]:
+    def head_of(self, traced: Trace) -> set[nn.Parameter]:
         """The parameters of the whole model that the forward pass uses and that are in no block."""
         inside = set(self.scope(traced).parameters())
-        feeding = traced.feeding(traced.uses[p] for p in inside if p in traced.uses)
-        outside = {p for p in model.parameters() if p not in inside and traced.uses.get(p) not in feeding}
-        return {p for p in outside | self.head if p in traced.uses}
+        feeding = traced.feeding(inside)
+        return {p for p, use in traced.uses.items() if p in self.head or (p not in inside and use not in feeding)}
 
 
 def stated_head(model: nn.Module, names: Mapping[nn.Parameter, str], head: Any) -> frozenset[nn.Parameter]:
-    """The parameters that `head=` means.
-
-    Args:
-        model: The model.
-        names: Its parameters with their names.
-        head: Modules and parameters, or an optimizer.
-
-    Raises:
-        TypeError: It is none of these.
-        ValueError: Something is not in the model or holds nothing, or an optimizer holds all that trains.
-    """
+    """The parameters that `head=` means: modules and parameters, or an optimizer; an error says what is none."""
     if isinstance(head, Optimizer):
-        held = frozenset(p for group in head.param_groups for p in group["params"] if p in names)
-        kind = type(head).__name__
-        if not held:
-            raise ValueError(f"`head` must hold parts of the model, got {kind} with none of its parameters; {_FIX}")
-        left = {p for p in names if p.is_floating_point() or p.is_complex()} - held
-        if not any(_is_encoder_layer(module) for module in layers(model, left)):
-            raise ValueError(
-                f"`head` must hold just the head, got {kind} with all that trains of the model; {_FIX}, and "
-                "let ProgressiveUnfreezer.from_model take the blocks out of the optimizer"
-            )
-        return held
+        return _held_by(head, model, names)
     if isinstance(head, (nn.Module, nn.Parameter)):
         head = (head,)
     if isinstance(head, (str, bytes)) or not isinstance(head, Iterable):
@@ -80,15 +53,15 @@ def stated_head(model: nn.Module, names: Mapping[nn.Parameter, str], head: Any) 
     stated: set[nn.Parameter] = set()
     modules = set(model.modules())
     for part in head:
-        if not isinstance(part, (nn.Module, nn.Parameter)):
+        if isinstance(part, nn.Module):
+            kind, own = type(part).__name__, dict(part.named_parameters())
+        elif isinstance(part, nn.Parameter):
+            kind, own = f"parameter of shape {tuple(part.shape)}", {"": part}
+        else:
             raise TypeError(f"`head` must hold modules or parameters, got {type(part).__name__}; {_FIX}")
-        own = dict(part.named_parameters()) if isinstance(part, nn.Module) else {"": part}
-        kind = type(part).__name__ if isinstance(part, nn.Module) else f"parameter of shape {tuple(part.shape)}"
-        strange = [key for key, parameter in own.items() if parameter not in names]
-        if strange or (not own and unwrap(part) not in modules and part not in modules):  # type: ignore[arg-type]
-            what = (
-                f"{kind} whose {strange[0]!r} is not in it" if strange and strange[0] else f"{kind} that is not in it"
-            )
+        strange = [f"whose {key!r}" if key else "that" for key, parameter in own.items() if parameter not in names]
+        if strange or (not own and unwrap(part) not in modules):
+            what = f"{kind} {strange[0] if strange else 'that'} is not in it"
             raise ValueError(f"`head` must hold parts of the model, got a {what}; {_FIX}")
         if not own:
             raise ValueError(f"`head` must hold parameters, got a {kind} without any; leave it out of the list")
@@ -96,35 +69,40 @@ def stated_head(model: nn.Module, names: Mapping[nn.Parameter, str], head: Any) 
     return frozenset(stated)
 
 
-_FIX = "pass the modules that train from the start, such as head=[model.fc]"
+def _held_by(optimizer: Optimizer, model: nn.Module, names: Mapping[nn.Parameter, str]) -> frozenset[nn.Parameter]:
+    kind = type(optimizer).__name__
+    held = frozenset(p for group in optimizer.param_groups for p in group["params"] if p in names)
+    if not held:
+        raise ValueError(f"`head` must hold parts of the model, got {kind} with none of its parameters; {_FIX}")
+    left = {p for p in names if p.is_floating_point() or p.is_complex()} - held
+    # A table of positions that is held fixed may be left out, too.
+    if all(isinstance(layer, nn.Embedding) and not layer.weight.requires_grad for layer in layers(model, left)):
+        raise ValueError(
+            f"`head` must hold just the head, got {kind} with all that trains of the model; {_FIX}, and "
+            "let ProgressiveUnfreezer.from_model take the blocks out of the optimizer"
+        )
+    return held
 
 
-def layers(model: nn.Module, parameters: Collection[nn.Parameter]) -> Iterator[nn.Module]:
+def layers(model: nn.Module, parameters: Collection[nn.Parameter]) -> list[nn.Module]:
     """The modules without parts that hold some of these parameters; tokens and tables, which lie bare, have none."""
-    for _, module in walk(model):
-        is_layer = not any(True for _, child in children(module) for _ in child.parameters())
-        if is_layer and any(parameter in parameters for parameter in module.parameters()):
-            yield module
+    return [m for _, m in walk(model) if not _parts(m) and any(p in parameters for p in m.parameters())]
 
 
-def _is_encoder_layer(module: nn.Module) -> bool:
-    """Whether a layer that an optimizer left out is more than a table of positions that is held fixed."""
-    return not isinstance(module, nn.Embedding) or module.weight.requires_grad
+def _parts(module: nn.Module) -> dict[str, nn.Module]:
+    """The children that hold parameters."""
+    return {key: child for key, child in children(module) if any(True for _ in child.parameters())}
 
 
 def known_encoder(model: nn.Module) -> Encoder:
-    """The encoder by the conventions of the libraries, and of models that name an `encoder` or `backbone`.
-
-    Raises:
-        ValueError: No convention says what the head is.
-    """
+    """The encoder by the conventions of the libraries, and of models that name an `encoder` or `backbone`."""
     name, node, encoder = "", model, Encoder("", model)
     while True:
-        inside = {key: child for key, child in children(node) if any(True for _ in child.parameters())}
+        inside = _parts(node)
         base = getattr(node, "base_model_prefix", None)  # transformers: the model below a head
         head = None if base in inside else _library_head(node, inside, is_base=encoder.around is not None)
         if head is not None:
-            return Encoder(encoder.name, encoder.top, frozenset(head), encoder.around)
+            return encoder._replace(head=frozenset(head))
         key = base if base in inside else _encoder_key(inside, base)
         if key is not None and len(inside) > 1:
             name = join(name, key)
@@ -133,8 +111,8 @@ def known_encoder(model: nn.Module) -> Encoder:
                 return _below_pyramid(encoder)
             node = inside[key]
         elif len(inside) == 1 and not any(True for _ in node.parameters(recurse=False)):
-            ((key, child),) = inside.items()  # a plain wrapper
-            name, node = join(name, key), child
+            ((key, node),) = inside.items()  # a plain wrapper
+            name = join(name, key)
         elif encoder.top is not model:
             return encoder
         else:
@@ -142,18 +120,13 @@ def known_encoder(model: nn.Module) -> Encoder:
 
 
 def refuse_inner_head(model: nn.Module, traced: Trace) -> None:
-    """Refuse a task model of transformers beside whose base model nothing runs: its head lies within, unnamed.
-
-    Raises:
-        ValueError: There is one.
-    """
+    """Refuse a task model of transformers beside whose base model nothing runs: its head lies within, unnamed."""
     for name, node in walk(model):
         beside = dict(children(node))
-        base = beside.pop(str(getattr(node, "base_model_prefix", None)), None)
-        if not _is_task_model(node) or base is None or _root(base) != "transformers":
-            continue
-        if traced.runs.keys().isdisjoint(beside.values()):
-            raise ValueError(_question(node, name, {str(node.base_model_prefix): base}))
+        key = str(getattr(node, "base_model_prefix", None))
+        base = beside.pop(key, None) if _is_task_model(node) else None
+        if base is not None and _root(base) == "transformers" and traced.runs.keys().isdisjoint(beside.values()):
+            raise ValueError(_question(node, name, {key: base}))
 
 
 def _encoder_key(inside: Mapping[str, nn.Module], base: str | None) -> str | None:
@@ -166,9 +139,7 @@ def _encoder_key(inside: Mapping[str, nn.Module], base: str | None) -> str | Non
 def _below_pyramid(encoder: Encoder) -> Encoder:
     """The detection backbones of torchvision hold a `body` and the pyramid above it, which is none of the encoder."""
     inside = dict(children(encoder.top))
-    if "body" in inside and "fpn" in inside:
-        return Encoder(join(encoder.name, "body"), inside["body"])
-    return encoder
+    return Encoder(join(encoder.name, "body"), inside["body"]) if {"body", "fpn"} <= inside.keys() else encoder
 
 
 def _root(module: nn.Module) -> str:
@@ -182,36 +153,29 @@ def _is_task_model(module: nn.Module) -> bool:
 
 def _library_head(node: nn.Module, inside: Mapping[str, nn.Module], *, is_base: bool) -> set[nn.Parameter] | None:
     """The head inside of a library's model; `None` where no library says what it is."""
-    root, path = _root(node), type(node).__module__
-    if callable(getattr(node, "get_classifier", None)) or root == "timm":
+    path = type(node).__module__
+    if callable(getattr(node, "get_classifier", None)) or _root(node) == "timm":
         return _timm_head(node)
-    if path.startswith("segmentation_models_pytorch.encoders"):
-        return set()
-    if path.startswith("torchvision.models"):
-        key = next((key for key in _CLASSIFIERS if hasattr(node, key)), None)
-        if key is not None and "backbone" not in inside:
-            return _torchvision_head(key, getattr(node, key))
-        return set() if path.startswith("torchvision.models._utils") else None
-    if root == "transformers" and isinstance(getattr(node, "base_model_prefix", None), str):
+    key = next((key for key in _CLASSIFIERS if hasattr(node, key)), None)
+    if path.startswith("torchvision.models") and key is not None and "backbone" not in inside:
+        return _torchvision_head(key, getattr(node, key))
+    whole = path.startswith(("segmentation_models_pytorch.encoders", "torchvision.models._utils"))
+    if _root(node) == "transformers" and isinstance(getattr(node, "base_model_prefix", None), str):
         modalities = getattr(node, "input_modalities", "")
         towers = not is_base and not isinstance(modalities, str) and len(modalities) > 1
         whole = not _is_task_model(node) and not towers and not {"backbone", "decoder"} & inside.keys()
-        return set() if whole else None
-    return None
+    return set() if whole else None
 
 
 def _timm_head(node: nn.Module) -> set[nn.Parameter]:
     """What timm's own method and its configuration say is a classifier."""
-    parts: list[Any] = []
-    try:
+    found: Any = ()
+    with suppress(AttributeError, TypeError):  # a feature extractor; smp deletes the classifier and leaves the method
         found = node.get_classifier()  # type: ignore[operator]
-        parts += found if isinstance(found, (tuple, list)) else [found]
-    except (AttributeError, TypeError):  # a feature extractor; smp deletes the classifier and leaves the method
-        pass
     cfg = getattr(node, "pretrained_cfg", None)
-    named = cfg.get("classifier") if isinstance(cfg, Mapping) else None
+    named = cfg.get("classifier") if isinstance(cfg, Mapping) else ()
     modules = dict(node.named_modules())
-    parts += [modules.get(name) for name in ((named,) if isinstance(named, str) else named or ())]
+    parts = [*tree_leaves(found), *map(modules.get, tree_leaves(named))]
     return {p for part in parts if isinstance(part, nn.Module) for p in part.parameters()}
 
 

@@ -1,12 +1,9 @@
-"""Which parameters a model's forward pass uses, and what feeds what: found on a copy that holds no data.
-
-The copy's tensors are fake: they have a shape, a type and a device, and no memory. Running it builds a real autograd
-graph, and that graph is the answer: a parameter from which no path leads to the output never receives a gradient.
-"""
+"""Which parameters a forward pass uses, and what feeds what: the autograd graph of a copy on tensors without memory."""
 
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
 import logging
 import random
@@ -14,23 +11,23 @@ import re
 import sys
 from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import _lru_cache_wrapper, partial
 from itertools import product
 from types import CellType, FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
-from torch._subclasses.fake_tensor import (  # the only part of torch that shares autograd but no data
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-)
+from torch import Tensor, nn
+
+# The only part of torch that shares autograd but no data.
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+
+from unfreeze_sched._checks import listed
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -40,34 +37,25 @@ _USUAL_SIZES = (224, 256, 384, 299, 64, 32)
 _BATCH = 2  # a batch of one would lose its dimension to a `squeeze()`
 _TOKENS = 8
 _FRAMES = 16
+_NEEDS_DATA = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
 _SIZE_KEYS = ("img_size", "image_size")  # timm's, torchvision's and transformers' names
-
-
-_NEEDS_DATA = (DataDependentOutputException, DynamicOutputShapeException)
 
 
 class TraceError(ValueError):
     """The copy did not run; the text says what was tried and what to do."""
 
 
-@dataclass(frozen=True)
-class Trace:
-    """What one forward pass did: its operations, numbered in the order of execution, and who took part in which.
+class Trace(NamedTuple):
+    """What one forward pass did: its operations, numbered in the order of execution, and who took part in which."""
 
-    Args:
-        uses: For each parameter that can receive a gradient, the first operation that consumes it.
-        runs: For each module that was called, the operation that followed its first call; past the last, their number.
-        inputs: For each operation, those whose results it takes.
-    """
+    uses: dict[nn.Parameter, int]  # for each that can receive a gradient, the first operation that consumes it
+    runs: dict[nn.Module, int]  # for each that was called, the operation that followed; past the last, their number
+    inputs: list[list[int]]  # for each operation, those whose results it takes
 
-    uses: dict[nn.Parameter, int]
-    runs: dict[nn.Module, int]
-    inputs: list[list[int]]
-
-    def feeding(self, operations: Iterable[int]) -> set[int]:
-        """The operations on whose results any of these depends, itself included."""
+    def feeding(self, parameters: Iterable[nn.Parameter]) -> set[int]:
+        """The operations that consume these parameters first, and all on whose results those depend."""
         found: set[int] = set()
-        stack = list(operations)
+        stack = [self.uses[parameter] for parameter in parameters if parameter in self.uses]
         while stack:
             operation = stack.pop()
             if operation not in found:
@@ -91,26 +79,21 @@ class _Guard(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def unwrap(module: nn.Module) -> nn.Module:
     """The module inside of DDP, DataParallel, `torch.compile`, FSDP1 or a checkpoint wrapper, or the module itself."""
-    while True:
-        if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            module = module.module
-            continue
-        inner = next((child for name, child in module.named_children() if name in _WRAPPED), None)
-        if inner is None:
-            return module
-        module = inner
+    if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        return unwrap(module.module)
+    inner = next((child for name, child in module.named_children() if name in _WRAPPED), None)
+    return module if inner is None else unwrap(inner)
 
 
 def children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Names and modules of the children, each looked at without its wrapper."""
-    for name, child in module.named_children():
-        yield name, unwrap(child)
+    return ((name, unwrap(child)) for name, child in module.named_children())
 
 
-def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+def walk(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """All modules with their qualified names, as `named_modules`, but without wrappers and their prefixes."""
     seen: set[nn.Module] = set()
-    stack = [(prefix, unwrap(module))]
+    stack = [("", unwrap(module))]
     while stack:
         name, current = stack.pop()
         if current not in seen:
@@ -128,82 +111,45 @@ def trace(model: nn.Module, example_input: Any = None) -> Trace:
     """Run a copy of the model that holds no data, in evaluation mode, and read the autograd graph.
 
     Args:
-        model: The model; it is left untouched.
+        model: The model; it is left untouched, and its parameters and modules are the keys of the trace.
         example_input: A tensor, a tuple of positional or a dict of keyword arguments; `None` tries inputs that the
             model's own attributes suggest, and then usual ones.
-
-    Returns:
-        The uses of the parameters and the runs of the modules, keyed by those of `model`.
 
     Raises:
         TypeError: `example_input` is of another type.
         TraceError: The model cannot be copied, runs on none of the inputs, or its output needs no gradient.
     """
     model = unwrap(model)
-    # Fake tensors draw no random numbers, but a model's own Python code may.
-    python_random = random.getstate()
-    try:
-        with (
-            torch.inference_mode(mode=False),
-            torch.enable_grad(),
-            torch.random.fork_rng(devices=[]),
-            _quiet(),
-            _uncached(model),
-        ):
-            # A model may hold small tensors that are not its buffers.
+    with _nothing_left_behind(model):
+        # A model may hold small tensors that are not its buffers; sizes that depend on values are symbols.
+        mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
+        guard = _Guard({id(tensor) for tensor in (*model.parameters(), *model.buffers())})
+        twin, memo = _twin(model, mode)
+        fakes = {id(memo[id(parameter)]): parameter for parameter in model.parameters()}
+        runs: dict[nn.Module, int] = {}
+        for _, module in walk(model):
+            memo[id(module)].register_forward_pre_hook(partial(_note_run, runs, module), prepend=True)
+        failures: list[str] = []
+        for given in _guesses(model, mode) if example_input is None else [_given(example_input)]:
+            runs.clear()
             try:
-                return _run(model, example_input, FakeTensorMode(allow_non_fake_inputs=True))
-            except _NEEDS_DATA:  # sizes that depend on values can be symbols; loading those takes a second
-                from torch.fx.experimental.symbolic_shapes import (  # noqa: PLC0415
-                    GuardOnDataDependentSymNode,
-                    ShapeEnv,
-                )
-
-                fatal = (*_NEEDS_DATA, GuardOnDataDependentSymNode)
-                try:
-                    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
-                    return _run(model, example_input, mode, fatal)
-                except fatal as error:
-                    raise TraceError(
-                        f"`model` must run forward without data, got {_first_line(error)}; no example_input= changes "
-                        "that, so name the blocks with patterns=, one a block, such as "
-                        f"patterns=[r'{_pattern(model)}', ...]"
-                    ) from error
-    finally:
-        random.setstate(python_random)
-
-
-def _run(
-    model: nn.Module, example_input: Any, mode: FakeTensorMode, fatal: tuple[type[Exception], ...] = _NEEDS_DATA
-) -> Trace:
-    calls: Iterable[Callable[[], Call]] = _guesses(model) if example_input is None else [_given(example_input)]
-    guard = _Guard({id(tensor) for tensor in (*model.parameters(), *model.buffers())})
-    failures: list[str] = []
-    twin, memo = _twin(model, mode)
-    originals = {id(memo[id(module)]): module for _, module in walk(model)}
-    fakes = {id(memo[id(p)]): p for p in model.parameters()}
-    runs: dict[nn.Module, int] = {}
-    for module in twin.modules():
-        module.register_forward_pre_hook(partial(_note_run, runs, originals), prepend=True)
-    for make_call in calls:
-        runs.clear()
-        with mode:
-            args, kwargs = make_call()
-        try:
-            with mode, guard:
-                args, kwargs = tree_map_only(torch.Tensor, partial(_fake, mode), (args, kwargs))
-                output = twin(*args, **kwargs)
-        except fatal:
-            raise
-        except Exception as error:  # noqa: BLE001  # whatever a model raises says that this input does not fit
-            failures.append(f"{_first_line(error)} on {_shapes(args, kwargs)}")
-            continue
-        traced = _read(_tensors(output), fakes, runs)
-        if traced.uses:
-            if example_input is None:
-                _refuse_half(model, traced, args, kwargs)
-            return traced
-        failures.append(f"an output that depends on no parameter on {_shapes(args, kwargs)}")
+                with mode, guard:
+                    args, kwargs = tree_map_only(Tensor, partial(_fake, mode), given)
+                    output = twin(*args, **kwargs)
+            except _NEEDS_DATA as error:
+                raise TraceError(
+                    f"`model` must run forward without data, got {_first_line(error)}; no example_input= changes that, "
+                    f"so name the blocks with patterns=, one a block, such as patterns=[r'{_pattern(model)}', ...]"
+                ) from error
+            except Exception as error:  # noqa: BLE001  # whatever a model raises says that this input does not fit
+                failures.append(f"{_first_line(error)} on {_shapes(given)}")
+                continue
+            traced = _read(_tensors(output), fakes, runs)
+            if traced.uses:
+                if example_input is None:
+                    _refuse_half(model, traced, given)
+                return traced
+            failures.append(f"an output that depends on no parameter on {_shapes(given)}")
     raise TraceError(
         f"`model` must run forward on an example input, got {failures[0] if failures else 'none to try'}; "
         "pass example_input=, a tensor, a tuple of arguments or a dict of keyword arguments that the model accepts, "
@@ -212,33 +158,27 @@ def _run(
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep torch from logging the tracebacks of attempts that do not fit."""
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    before, log.disabled = log.disabled, True
+def _nothing_left_behind(model: nn.Module) -> Iterator[None]:
+    """Autograd as usual, and after it random numbers, torch's log and what the model's code caches as before."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")  # it shows the tracebacks of inputs that do not fit
+    was_disabled, state = log.disabled, random.getstate()
+    misses = {cache: cache.cache_info().misses for cache in _caches(model)}
+    log.disabled = True
     try:
-        yield
+        with torch.inference_mode(mode=False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+            yield
     finally:
-        log.disabled = before
-
-
-@contextmanager
-def _uncached(model: nn.Module) -> Iterator[None]:
-    """Forget what an `lru_cache` of the model's own code keeps of the copy: the model would get its fake tensors."""
-    before = {cache: cache.cache_info().misses for cache in _caches(model)}
-    try:
-        yield
-    finally:
-        for cache, misses in before.items():
-            if cache.cache_info().misses != misses:
-                cache.cache_clear()
+        log.disabled = was_disabled
+        random.setstate(state)
+        for cache, before in misses.items():
+            if cache.cache_info().misses != before:
+                cache.cache_clear()  # the model itself would get the copy's fake tensors from it
 
 
 def _caches(model: nn.Module) -> Iterator[_lru_cache_wrapper[Any]]:
     """The caches of functions and methods, decorated further or not, where the model's classes are defined."""
     homes = {kind.__module__ for _, module in walk(model) for kind in type(module).__mro__}
-    values = [value for home in homes if home in sys.modules for value in vars(sys.modules[home]).values()]
-    stack = values + [part for value in values if isinstance(value, type) for part in vars(value).values()]
+    stack = [value for home in homes if home in sys.modules for value in vars(sys.modules[home]).values()]
     seen: set[int] = set()  # closures of recursive functions hold themselves
     while stack:
         value = stack.pop()
@@ -247,10 +187,10 @@ def _caches(model: nn.Module) -> Iterator[_lru_cache_wrapper[Any]]:
         seen.add(id(value))
         if isinstance(value, _lru_cache_wrapper):
             yield value
-        elif isinstance(value, staticmethod | classmethod):
-            stack.append(value.__func__)
-        elif isinstance(value, FunctionType):
-            stack += [cell.cell_contents for cell in value.__closure__ or () if cell != CellType()]
+        elif isinstance(value, type):
+            stack += vars(value).values()
+        elif isinstance(value, FunctionType | staticmethod | classmethod | tuple | CellType):
+            stack += gc.get_referents(value)
 
 
 def _pattern(model: nn.Module) -> str:
@@ -259,15 +199,17 @@ def _pattern(model: nn.Module) -> str:
     return re.escape(max(lists, default=(0, "layers"))[1] + ".0.")
 
 
-def _refuse_half(model: nn.Module, traced: Trace, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+def _refuse_half(model: nn.Module, traced: Trace, given: Call) -> None:
     """A guess may run half a model, as text alone does where an image may come too; the rest would be in no block."""
     modalities = getattr(model, "input_modalities", ())  # transformers: what the model takes
     if isinstance(modalities, str) or len(modalities) == 1:
         return
-    taken = inspect.signature(model.forward).parameters
-    given = {*list(taken)[: len(args)], *kwargs}
+    signature = inspect.signature(model.forward)
+    passed = signature.bind_partial(*given[0], **given[1]).arguments
     left = [
-        key for key, one in taken.items() if key not in given and one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL)
+        f"{key}="
+        for key, one in signature.parameters.items()
+        if key not in passed and one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL)
     ]
     idle = [
         name
@@ -278,175 +220,147 @@ def _refuse_half(model: nn.Module, traced: Trace, args: tuple[Any, ...], kwargs:
     ]
     if left and idle:
         raise TraceError(
-            f"`model` must run as a whole, got {_shapes(args, kwargs)} as a guess, which leaves out {idle[0]!r} (and "
-            f"{len(idle) - 1} more), as well as {_some(left)}; pass example_input=, a tuple of arguments or a dict of "
-            "keyword arguments with all that the model is to be trained on, or name the blocks with patterns="
+            f"`model` must run as a whole, got {_shapes(given)} as a guess, which leaves out {idle[0]!r} (and "
+            f"{len(idle) - 1} more), as well as {listed(left, 4)}; pass example_input=, a tuple of arguments or a dict "
+            "of keyword arguments with all that the model is to be trained on, or name the blocks with patterns="
         )
-
-
-def _some(names: list[str]) -> str:
-    most = 4
-    return ", ".join(f"{name}=" for name in names[:most]) + (", ..." if len(names) > most else "")
 
 
 def _twin(model: nn.Module, mode: FakeTensorMode) -> tuple[nn.Module, dict[int, Any]]:
     """A copy of the model on fake tensors, and the memo that leads from `id(original)` to its copy."""
-    memo: dict[int, Any] = {}
     modules = [module for _, module in walk(model)]
-    for module in modules:
-        _seed_tensors(module, mode, memo)
-    hooks = _seed_hooks(modules, memo)
+    memo = _seeds(modules, mode)
+    owners = {id(part) for module in modules for part in (module, *vars(module).values())}
     try:
         # A wrapper's copy is the copy of what it wraps, so that nothing is compiled, gathered or checkpointed.
         for module in reversed(list(model.modules())):
             if unwrap(module) is not module:
                 memo[id(module)] = copy.deepcopy(unwrap(module), memo)
         twin: nn.Module = copy.deepcopy(model, memo)
-        for target, kept in hooks:
-            target.update(copy.deepcopy(kept, memo))
+        for module, key in product(modules, ("_forward_hooks", "_forward_pre_hooks")):
+            hooks = {handle: hook for handle, hook in vars(module)[key].items() if _is_structural(hook, owners)}
+            memo[id(vars(module)[key])].update(copy.deepcopy(hooks, memo))
     except Exception as error:
         raise TraceError(
             f"`model` must be copyable, got {_first_line(error)}; name the blocks with patterns=, which copies nothing"
         ) from error
     for module in twin.modules():
-        module.training = False  # not `eval()`, which models override
-        module.__dict__.pop("_compiled_call_impl", None)
+        own = vars(module)
+        own["training"] = False  # not `eval()`, which models override
+        own.pop("_compiled_call_impl", None)
         for flag in ("grad_checkpointing", "gradient_checkpointing"):
             if getattr(module, flag, False) is True:
                 setattr(module, flag, False)  # a reentrant checkpoint hides its inside from the graph
-        if getattr(vars(module).get("config"), "_experts_implementation", None) == "grouped_mm":
-            module.config._experts_implementation = "batched_mm"  # type: ignore[union-attr]  # noqa: SLF001  # the other has no fake kernel in float32
+        if getattr(own.get("config"), "_experts_implementation", None) == "grouped_mm":
+            own["config"]._experts_implementation = "batched_mm"  # noqa: SLF001  # the other has no fake kernel in float32
     return twin, memo
 
 
-def _seed_tensors(module: nn.Module, mode: FakeTensorMode, memo: dict[int, Any]) -> None:
-    """Let `deepcopy` find a fake tensor for each of the module's own tensors, plain attributes included."""
-    for tensor in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):  # noqa: SLF001
-        if isinstance(tensor, torch.Tensor) and id(tensor) not in memo:
-            fake = _fake(mode, tensor)
-            differentiable = tensor.is_floating_point() or tensor.is_complex()
-            parameter = isinstance(tensor, nn.Parameter)
-            memo[id(tensor)] = nn.Parameter(fake, requires_grad=differentiable) if parameter else fake
-
-
-def _seed_hooks(modules: list[nn.Module], memo: dict[int, Any]) -> list[tuple[dict[int, Any], dict[int, Any]]]:
-    """Let `deepcopy` find empty tables of hooks; returned are those tables with the hooks that belong in them.
-
-    A forward hook is part of the model if its owner is, as timm's feature hooks are, or torch's weight norm; any other
-    is the user's, and its side effects are not ours to cause.
-    """
-    members = {id(part) for module in modules for part in (module, *vars(module).values())}
-    kept = []
+def _seeds(modules: Iterable[nn.Module], mode: FakeTensorMode) -> dict[int, Any]:
+    """The memo in which `deepcopy` finds fake tensors, plain attributes included, and empty tables of hooks."""
+    memo: dict[int, Any] = {}
     for module in modules:
-        for key, hooks in vars(module).items():
-            if key.endswith("_hooks") and isinstance(hooks, dict):
-                memo[id(hooks)] = OrderedDict()
-                if key in {"_forward_hooks", "_forward_pre_hooks"}:
-                    ours = {handle: hook for handle, hook in hooks.items() if _is_structural(hook, members)}
-                    kept.append((memo[id(hooks)], ours))
-    return kept
+        for key, part in (*module._parameters.items(), *module._buffers.items(), *vars(module).items()):  # noqa: SLF001
+            if isinstance(part, Tensor):
+                memo.setdefault(id(part), _fake(mode, part))
+            elif key.endswith("_hooks") and isinstance(part, dict):
+                memo[id(part)] = OrderedDict()
+    return memo
 
 
-def _fake(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor of the same shape, type and device without memory; one on the meta device comes to the CPU."""
-    device = "cpu" if tensor.is_meta else tensor.device
+def _fake(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
+    """A tensor, or a parameter, of the same shape, type and device without memory; one on meta comes to the CPU."""
+    kind: Any = {"dtype": tensor.dtype, "device": "cpu" if tensor.is_meta else tensor.device}
     with mode:
-        if tensor.layout is not torch.strided:
-            return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-        return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device)
+        if tensor.layout is torch.strided:
+            fake = torch.empty_strided(tensor.size(), tensor.stride(), **kind)
+        else:
+            fake = torch.empty(tensor.shape, **kind)
+    if not isinstance(tensor, nn.Parameter):
+        return fake
+    return nn.Parameter(fake, requires_grad=tensor.is_floating_point() or tensor.is_complex())
 
 
-def _is_structural(hook: Any, members: set[int]) -> bool:
+def _is_structural(hook: Any, owners: set[int]) -> bool:
+    """Whether a hook is part of the model: a part owns it, as timm's, or torch's weight norm; no user's is to run."""
     while isinstance(hook, partial):
         hook = hook.func
     owner = getattr(hook, "__self__", hook)
     # transformers captures outputs in plain functions, which hold no module.
-    home = getattr(owner, "__module__", None) or type(owner).__module__
-    return id(owner) in members or home.split(".")[0] in {"torch", "transformers"}
+    return id(owner) in owners or str(getattr(owner, "__module__", "")).split(".")[0] in {"torch", "transformers"}
 
 
-def _note_run(runs: dict[nn.Module, int], originals: dict[int, nn.Module], module: nn.Module, _: Any) -> None:
-    if id(module) in originals:
-        runs.setdefault(originals[id(module)], torch._C._autograd._get_sequence_nr())  # noqa: SLF001
+def _note_run(runs: dict[nn.Module, int], original: nn.Module, _module: nn.Module, _args: Any) -> None:
+    runs.setdefault(original, torch._C._autograd._get_sequence_nr())  # noqa: SLF001
 
 
-def _read(
-    outputs: Iterable[torch.Tensor], parameters: Mapping[int, nn.Parameter], runs: Mapping[nn.Module, int]
-) -> Trace:
+def _read(outputs: Iterable[Tensor], parameters: Mapping[int, nn.Parameter], runs: Mapping[nn.Module, int]) -> Trace:
     """The trace behind outputs, of the parameters whose copies have these ids."""
     stack = [output.grad_fn for output in outputs if output.grad_fn is not None]
     nodes = set(stack)
-    consumed: dict[Any, list[nn.Parameter]] = {}
     while stack:
-        node = stack.pop()
-        for source, _ in node.next_functions:
-            leaf = getattr(source, "variable", None)
-            if leaf is not None and id(leaf) in parameters:
-                consumed.setdefault(node, []).append(parameters[id(leaf)])
-            elif leaf is None and source is not None and source not in nodes:
+        for source, _ in stack.pop().next_functions:
+            if source is not None and source not in nodes and getattr(source, "variable", None) is None:
                 nodes.add(source)
                 stack.append(source)
     ordered = sorted(nodes, key=lambda node: node._sequence_nr())  # noqa: SLF001
-    index = {node: i for i, node in enumerate(ordered)}
     numbers = [node._sequence_nr() for node in ordered]  # noqa: SLF001
+    index = {node: i for i, node in enumerate(ordered)}
     uses: dict[nn.Parameter, int] = {}
-    for node in ordered:
-        for parameter in consumed.get(node, ()):
-            uses.setdefault(parameter, index[node])
+    for i, node in enumerate(ordered):
+        for source, _ in node.next_functions:
+            parameter = parameters.get(id(getattr(source, "variable", None)))
+            if parameter is not None:
+                uses.setdefault(parameter, i)
     inputs = [[index[source] for source, _ in node.next_functions if source in index] for node in ordered]
     return Trace(uses, {module: bisect_left(numbers, run) for module, run in runs.items()}, inputs)
 
 
-def _tensors(output: Any) -> Iterator[torch.Tensor]:
-    if isinstance(output, torch.Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from _tensors(value)
-    elif isinstance(output, (list, tuple)):
-        for value in output:
-            yield from _tensors(value)
+def _tensors(output: Any) -> list[Tensor]:
+    if isinstance(output, Tensor):
+        return [output]
+    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, (list, tuple)) else ()
+    return [tensor for value in values for tensor in _tensors(value)]
 
 
-def _given(example_input: Any) -> Callable[[], Call]:
-    if isinstance(example_input, torch.Tensor):
-        return lambda: ((example_input,), {})
+def _given(example_input: Any) -> Call:
+    if isinstance(example_input, Tensor):
+        return (example_input,), {}
     if isinstance(example_input, tuple):
-        return lambda: (example_input, {})
+        return example_input, {}
     if isinstance(example_input, Mapping):
-        return lambda: ((), dict(example_input))
+        return (), dict(example_input)
     raise TypeError(
         "`example_input` must be a tensor, a tuple of positional or a dict of keyword arguments, "
         f"got {type(example_input).__name__}; wrap a single argument of another type in a tuple"
     )
 
 
-def _guesses(model: nn.Module) -> Iterator[Callable[[], Call]]:
+def _guesses(model: nn.Module, mode: FakeTensorMode) -> Iterator[Call]:
     """Inputs for the first layer, of the sizes that the model states itself and then of the usual ones."""
     kinds = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
     first = next((module for _, module in walk(model) if isinstance(module, kinds)), None)
-    reference = next((p for p in model.parameters() if p.is_floating_point()), None)
-    device = "cpu" if reference is None or reference.is_meta else reference.device
-    dtype = torch.float32 if reference is None else reference.dtype
-
-    def call(*shape: int, kind: torch.dtype = dtype) -> Callable[[], Call]:
-        return lambda: ((torch.zeros(shape, dtype=kind, device=device),), {})
-
+    like = next((parameter for parameter in model.parameters() if parameter.is_floating_point()), torch.empty(0))
+    shapes: list[tuple[int, ...]] = []
     if isinstance(first, nn.Embedding):
-        yield call(_BATCH, _TOKENS, kind=torch.long)
+        shapes = [(_BATCH, _TOKENS)]
     elif isinstance(first, nn.Linear):
-        yield call(_BATCH, first.in_features)
-        yield call(_BATCH, _TOKENS, first.in_features)
-    elif isinstance(first, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        shapes = [(_BATCH, first.in_features), (_BATCH, _TOKENS, first.in_features)]
+    elif first is not None:
         sizes = dict.fromkeys((*_stated_sizes(model), *((size, size) for size in _USUAL_SIZES)))
         # What is registered first need not run first, but nearly every image has three channels.
-        for channels, size in product(dict.fromkeys((first.in_channels, 3)), sizes):
-            extent = {1: size[-1:], 2: size, 3: (_FRAMES, *size)}[len(first.kernel_size)]
-            yield call(_BATCH, channels, *extent)
+        channels = dict.fromkeys((first.in_channels, 3))
+        extents = [(_FRAMES, *size)[-len(first.kernel_size) :] for size in sizes]
+        shapes = [(_BATCH, number, *extent) for number, extent in product(channels, extents)]
+    dtype = torch.long if isinstance(first, nn.Embedding) else like.dtype
+    for shape in shapes:
+        with mode:
+            guess = torch.zeros(shape, dtype=dtype, device="cpu" if like.is_meta else like.device)
+        yield (guess,), {}
     # transformers' own example, needed where several inputs are.
     dummy = getattr(model, "dummy_inputs", None)
     if isinstance(dummy, Mapping):
-        yield lambda: ((), dict(dummy))
+        yield (), dict(dummy)
 
 
 def _stated_sizes(model: nn.Module) -> Iterator[tuple[int, int]]:
@@ -463,10 +377,10 @@ def _stated_sizes(model: nn.Module) -> Iterator[tuple[int, int]]:
                 yield size[-2], size[-1]
 
 
-def _shapes(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+def _shapes(call: Call) -> str:
     """What was tried, for an error text."""
-    shown = [*args, *(f"{key}=" for key in kwargs)]
-    return ", ".join(f"{tuple(item.shape)}" if isinstance(item, torch.Tensor) else str(item) for item in shown)
+    shown = [*call[0], *(f"{key}=" for key in call[1])]
+    return ", ".join(f"{tuple(item.shape)}" if isinstance(item, Tensor) else str(item) for item in shown)
 
 
 def _first_line(error: Exception) -> str:
