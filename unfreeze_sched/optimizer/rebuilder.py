@@ -34,7 +34,7 @@ from unfreeze_sched.optimizer import admission, groups, rates
 from unfreeze_sched.optimizer.groups import BLOCK_KEY, SUBSET_KEY
 from unfreeze_sched.optimizer.subsets import Overrides, Subset, subsets_of
 from unfreeze_sched.optimizer.warmup import Warmup
-from unfreeze_sched.optimizer.watch import Accumulation, Claim, FirstStep, Owners, Probe
+from unfreeze_sched.optimizer.watch import Accumulation, Claim, FirstStep, Owners, Probe, StepHooks
 
 OnRefreeze = Literal["keep", "drop"]
 Membership = Literal["late", "declared"]
@@ -139,27 +139,28 @@ class OptimizerRebuilder:
             )
         self.optimizer = optimizer
         self.lr_schedulers = lr_schedulers
-        self._first_schedulers = lr_schedulers if membership == "late" else None
         self.on_refreeze: OnRefreeze = one_of(on_refreeze, "on_refreeze", get_args(OnRefreeze))
         self.membership: Membership = one_of(membership, "membership", get_args(Membership))
+        late = membership == "late"
+        self._first_schedulers = lr_schedulers if late else None
         keeps = "1 keeps the template's learning rate"
         self.scales = _scales(learning_rate_scale, [block.name for block in self.blocks], keeps)
         decay = as_ratio(layer_decay, "layer_decay", fix=keeps)
-        total = len(self.blocks)
-        self._ratios = [scale * decay ** (total - 1 - index) for index, scale in enumerate(self.scales)]
+        ratios = [scale * decay**depth for depth, scale in enumerate(reversed(self.scales))][::-1]
         template = as_count(template, "template", minimum=0, fix="0 is the head's group")
         admission.refuse_template(optimizer, template)
         self._template = optimizer.param_groups[template]["params"]  # the list, which stays when groups are loaded
-        late = membership == "late"
-        admission.refuse_optimizer(optimizer, template, self._ratios, late=late, drops=on_refreeze == "drop")
+        admission.refuse_optimizer(optimizer, template, ratios, late=late, drops=on_refreeze == "drop")
         keys = optimizer.param_groups[template].keys()
-        self.subsets = [subsets_of(index, block, no_decay, keys) for index, block in enumerate(self.blocks)]
-        admission.refuse_members(optimizer, self.blocks)
+        self.subsets = [
+            subsets_of(index, block, ratios[index], no_decay, keys) for index, block in enumerate(self.blocks)
+        ]
         stepping = groups.innermost(optimizer)
-        admission.refuse_taken_names(Claim.of_others(stepping), self.blocks)
+        claims = StepHooks.on(stepping).of_kind(Claim)
+        admission.refuse_members(optimizer, self.blocks, [block for claim in claims for block in claim.blocks])
         self._admitted: set[Hashable] = set()
         self._warned = False
-        for subset in chain.from_iterable(self.subsets):
+        for subset in self._subsets(self._all()):
             with suppress(ValueError):  # what does not fit is refused when it joins, if it ever does
                 like = optimizer.param_groups[self._template_of(subset)]
                 admission.refuse_unfit(optimizer, like, subset.samples, self._admitted)
@@ -167,9 +168,9 @@ class OptimizerRebuilder:
         admission.refuse_warmup(optimizer, warmup_steps, template)
         one_of(probe, "probe", get_args(Probe))
         admission.refuse_schedulers(optimizer, lr_schedulers)
-        declared = [] if late else [self._join(subset.only(()), None) for subset in self._subsets(self._all())]
+        if not late:
+            self._carry_out([self._join(subset.only(()), None) for subset in self._subsets(self._all())])
         # Nothing is refused from here on, so that no hook of a refused rebuilder stays behind.
-        self._carry_out(declared)
         self.claim = Claim(stepping, self.blocks)
         self.owners = Owners(self.blocks)
         self.accumulation = Accumulation.on(stepping)
@@ -199,31 +200,31 @@ class OptimizerRebuilder:
                 for what is trainable of them.
         """
         if not self.owners.are_whole(indices):
-            for index in indices:
-                admission.refuse_replaced(self.owners.replaced(index))
-                named = chain.from_iterable(subset.named for subset in self.subsets[index])
-                admission.refuse_orphans(self.owners.orphans(index, named))
-            admission.refuse_replaced(self.owners.gone())
+            self.owners.refuse_changes(indices)
         joining, leaving = self._diff(indices, reached)
         changed = {*flipped, *(subset.block for subset, _ in joining)}
         if not changed and not leaving:
             return UNCHANGED
         if self.accumulation.is_pending():
-            admission.refuse_pending()
+            raise RuntimeError(
+                "`optimizer` must have used its gradients before blocks join, got an accumulation that is not over; "
+                "call optimizer.step() and optimizer.zero_grad() first, or zero_grad() alone to give it up, as for a "
+                "GAN's discriminator, in which the generator's loss leaves gradients"
+            )
         if any(empty is None for _, empty in joining):
             admission.refuse_schedulers(self.optimizer, self.lr_schedulers)
         joins = [self._join(subset, empty) for subset, empty in joining]
         self._carry_out(joins)
         if self._warmup:
             self._warmup.begin(join.group for join in joins if join.group["params"])
-        for left in leaving:
-            for group in self._groups_of(left):
+        for left, own in leaving:
+            for group in own:
                 groups.leave(self.optimizer, group, left.parameters)
         for subset in self._subsets(sorted(changed)):  # in the same order on all ranks
             self.first_step.watch(subset.named)
         return GroupChange(
             tuple(chain.from_iterable(subset.names for subset, _ in joining)),
-            tuple(chain.from_iterable(left.names for left in leaving)),
+            tuple(chain.from_iterable(left.names for left, _ in leaving)),
         )
 
     def warn_of_lost_ratios(self) -> None:
@@ -250,19 +251,24 @@ class OptimizerRebuilder:
         if self.membership == "declared" or self._warned or not self.lr_schedulers:
             return
         for subset in self._subsets(self._all()):
-            index, ratio = self._template_of(subset), self._ratios[subset.block]
-            template = self.optimizer.param_groups[index]
-            if floored := rates.foreseen(self.lr_schedulers, template, index, ratio):
+            index = self._template_of(subset)
+            if found := rates.foreseen(self.lr_schedulers, self.optimizer.param_groups[index], index, subset.ratio):
                 self._warned = True
-                admission.warn_of_floor(floored.scheduler, floored.floor)
+                scheduler, floor = found
+                warn(
+                    f"`lr_schedulers` should have no floor where blocks join late, got a {type(scheduler).__name__} "
+                    f"with one, or with a least step, of {floor:g}: once it has played a part, a transition is "
+                    "refused; set it to 0, pass learning_rate_scale=1.0, or membership='declared', with the rebuilder "
+                    "made before the scheduler's first step"
+                )
                 return
 
     def shares(self) -> Iterator[tuple[dict[str, Any], dict[str, Any], float]]:
         """Each live group of a block, its template's, and the ratio of their learning rates."""
-        subsets = {(self.blocks[subset.block].name, subset.number): subset for subset in self._subsets(self._all())}
+        subsets: dict[groups.Tag, Subset] = {subset.tag: subset for subset in self._subsets(self._all())}
         for group in self.optimizer.param_groups:
-            if (known := groups.tag(group)) and (subset := subsets.get(known)):
-                yield group, self.optimizer.param_groups[self._template_of(subset)], self._ratios[subset.block]
+            if subset := subsets.get(groups.tag(group)):
+                yield group, self.optimizer.param_groups[self._template_of(subset)], subset.ratio
 
     def learning_rates(self) -> dict[str, float]:
         """The learning rate of each block's group now, by the block's name."""
@@ -281,8 +287,7 @@ class OptimizerRebuilder:
         """Bring groups and rows into a saved run's order, of which `order` told; an optimizer's state goes by place."""
         order = groups.reorder(self.optimizer, saved)
         if order != sorted(order):  # else no row moves, and one that lacks the entry of a later group is left alone
-            for scheduler in self.lr_schedulers or ():
-                rates.reorder(scheduler, order)
+            rates.reorder(self.lr_schedulers, order)
 
     def _all(self) -> range:
         return range(len(self.blocks) - 1, -1, -1)
@@ -292,102 +297,86 @@ class OptimizerRebuilder:
 
     def _diff(
         self, indices: Sequence[int], reached: int
-    ) -> tuple[list[tuple[Subset, dict[str, Any] | None]], list[Subset]]:
-        """What joins, each with the empty group that waits for it, and what leaves: the table above."""
+    ) -> tuple[list[tuple[Subset, dict[str, Any] | None]], list[tuple[Subset, list[dict[str, Any]]]]]:
+        """What joins, each with the empty group that waits for it, and what leaves which groups: the table above."""
         joining: list[tuple[Subset, dict[str, Any] | None]] = []
-        leaving: list[Subset] = []
+        leaving: list[tuple[Subset, list[dict[str, Any]]]] = []
         keep = self.on_refreeze == "keep"
+        live: dict[Any, list[dict[str, Any]]] = {}  # by their tags, since loading a state dict replaces the groups
+        for group in self.optimizer.param_groups:
+            live.setdefault((group.get(BLOCK_KEY), group.get(SUBSET_KEY, 0)), []).append(group)
         for subset in self._subsets(indices):
-            own = self._groups_of(subset)
+            own = live.get(subset.tag, [])
             # By identity: a comparison by value would take a fresh layer for its twin.
             inside = {id(parameter) for group in own for parameter in group["params"]}
             was_reached = subset.block >= len(self.blocks) - reached
             joins = subset
-            if inside or not (keep and was_reached):
+            if inside or not (keep and was_reached):  # else all of it joins, and nobody has to look
                 joins = subset.only(
-                    (name, parameter)
-                    for name, parameter in subset.named
-                    if id(parameter) not in inside and (parameter.requires_grad or (was_reached and keep))
+                    (n, p)
+                    for n, p in subset.named
+                    if id(p) not in inside and (p.requires_grad or (keep and was_reached))
                 )
             if joins.named or (was_reached and not own):
                 joining.append((joins, next((group for group in own if not group["params"]), None)))
             if inside and not keep:
                 left = subset.only((n, p) for n, p in subset.named if not p.requires_grad and id(p) in inside)
                 if left.named:
-                    leaving.append(left)
+                    leaving.append((left, own))
         return joining, leaving
-
-    def _groups_of(self, subset: Subset) -> list[dict[str, Any]]:
-        """The live groups of a subset, found by their tags, since loading a state dict replaces them."""
-        name = self.blocks[subset.block].name
-        return [
-            group
-            for group in self.optimizer.param_groups
-            if group.get(BLOCK_KEY) == name and group.get(SUBSET_KEY, 0) == subset.number
-        ]
-
-    def _join(self, subset: Subset, empty: dict[str, Any] | None) -> _Join:
-        """How a subset joins: into the empty group that waits for it, else in a clone of its template."""
-        index = self._template_of(subset)
-        template, ratio = self.optimizer.param_groups[index], self._ratios[subset.block]
-        admission.refuse_unfit(self.optimizer, template, subset.samples, self._admitted)
-        if empty is not None:
-            return _Join(subset, index, empty, None)
-        rate = rates.joining_rate(self.lr_schedulers or (), template, index, ratio)
-        if isinstance(rate, rates.Foreign):
-            admission.refuse_foreign_rate(rate.found, rate.reported)
-        if isinstance(rate, rates.Floored):
-            admission.refuse_floor(rate.scheduler, rate.floor, ratio)
-        return _Join(subset, index, self._clone(subset, template, ratio, rate), rate)
 
     def _template_of(self, subset: Subset) -> int:
         """The user's own group that has the overrides already, as a head without decay may; else the template."""
-        if subset.overrides:
-            for index, group in enumerate(self.optimizer.param_groups):
-                if BLOCK_KEY not in group and all(group.get(key) == value for key, value in subset.overrides.items()):
-                    return index
-        places = (i for i, group in enumerate(self.optimizer.param_groups) if group["params"] is self._template)
-        if (place := next(places, None)) is None:
-            admission.refuse_lost_template()
-        return place
+        for index, group in enumerate(self.optimizer.param_groups if subset.overrides else ()):
+            if BLOCK_KEY not in group and all(group.get(key) == value for key, value in subset.overrides.items()):
+                return index
+        for index, group in enumerate(self.optimizer.param_groups):
+            if group["params"] is self._template:
+                return index
+        raise RuntimeError(
+            "`template` must be a group of the optimizer, got one that was taken out of it; make the unfreezer after "
+            "that"
+        )
 
-    def _clone(self, subset: Subset, template: dict[str, Any], ratio: float, rate: rates.RateMap) -> dict[str, Any]:
-        """A group like the live template: `add_param_group` alone would fill in the constructor's defaults instead."""
+    def _join(self, subset: Subset, empty: dict[str, Any] | None) -> _Join:
+        """How a subset joins: into the empty group that waits for it, else in a group like the live template.
+
+        `add_param_group` alone would fill in the constructor's defaults instead.
+        """
+        index = self._template_of(subset)
+        template, ratio = self.optimizer.param_groups[index], subset.ratio
+        admission.refuse_unfit(self.optimizer, template, subset.samples, self._admitted)
+        if empty is not None:
+            return _Join(subset, index, empty, None)
+        rate = rates.joining_rate(self.lr_schedulers, template, index, ratio)
         group = groups.group_like(self.optimizer, template)
         # A loop that sets the rates itself multiplies by `lr_scale`, as MAE's and BEiT's do.
-        for key in ("lr_scale",) if self.lr_schedulers is None else rates.scaled_keys(self.lr_schedulers):
-            if key in group:
-                group[key] = group[key] * ratio
+        keys = ("lr_scale",) if self.lr_schedulers is None else rates.scaled_keys(self.lr_schedulers)
+        group |= {key: group[key] * ratio for key in keys if key in group}
         if template.get("lr") is not None:
             group["lr"] = rate(template["lr"])
-        name = self.blocks[subset.block].name
-        group |= {**copy.deepcopy(subset.overrides), BLOCK_KEY: name}
-        if subset.number:
-            group[SUBSET_KEY] = subset.number
+        name, number = subset.tag
+        group |= {**copy.deepcopy(subset.overrides), BLOCK_KEY: name, **({SUBSET_KEY: number} if number else {})}
         if "name" in group:  # loggers tell groups apart by it
-            group["name"] = f"{name}.{subset.number}" if subset.number else name
+            group["name"] = f"{name}.{number}" if number else name
         if "param_names" in template:
             group["param_names"] = list(subset.names)
         group["params"] = list(subset.parameters)
-        return group
+        return _Join(subset, index, group, rate)
 
     def _carry_out(self, joins: Sequence[_Join]) -> None:
         """Let groups join optimizer and schedulers, and parameters join empty groups: all or none."""
-        optimizer, schedulers = self.optimizer, self.lr_schedulers or ()
-        size = len(optimizer.param_groups)
+        optimizer, size = self.optimizer, len(self.optimizer.param_groups)
         try:
             for subset, template, group, rate in joins:
                 if rate is None:
                     groups.fill(optimizer, group, template, subset.parameters, subset.names)
                     continue
-                ratio = self._ratios[subset.block]
-                groups.add(optimizer, group, template, ratio)
-                for scheduler in schedulers:
-                    rates.join(scheduler, optimizer.param_groups, template, ratio, rate)
+                groups.add(optimizer, group, template, subset.ratio)
+                rates.join(self.lr_schedulers, optimizer.param_groups, template, subset.ratio, rate)
         except BaseException:  # an interrupt would leave the schedulers a row short for good
             groups.take_back(optimizer, size, [join.group for join in joins if join.rate is None])
-            for scheduler in schedulers:
-                rates.leave(scheduler, size)
+            rates.leave(self.lr_schedulers, size)
             raise
 
 
