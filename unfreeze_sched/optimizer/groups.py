@@ -28,6 +28,8 @@ BLOCK_KEY = "unfreeze_block"
 SUBSET_KEY = "unfreeze_subset"
 """The key that tells the further groups of one block apart: 1, 2, ...; the first has none."""
 
+Group = dict[str, Any]
+
 _WRAPPED = ("optimizer", "_optimizer", "base_optimizer", "_base_optimizer", "base")
 _NOT_COUNTERS = frozenset({"params", "param_names", "lr", "initial_lr"})
 # Where the source cannot be read, as in a compiled class.
@@ -115,7 +117,7 @@ def counters(optimizer: Any) -> frozenset[str]:
     return frozenset().union(*(written(layer.__class__) for layer in layers(optimizer))) - _NOT_COUNTERS
 
 
-def why_no_rate(optimizer: Any, group: dict[str, Any]) -> str | None:
+def why_no_rate(optimizer: Any, group: Group) -> str | None:
     """Why a group cannot have a learning rate of its own, in words; None where it can."""
     if _SHARED in counters(optimizer):
         return "whose groups share one learning rate"
@@ -129,7 +131,7 @@ def why_no_rate(optimizer: Any, group: dict[str, Any]) -> str | None:
 # --- how a group joins, is filled and emptied
 
 
-def group_like(optimizer: Any, template: dict[str, Any]) -> dict[str, Any]:
+def group_like(optimizer: Any, template: Group) -> Group:
     """The keys of a group that joins beside a template, all but the parameters and their names.
 
     Example:
@@ -143,7 +145,7 @@ def group_like(optimizer: Any, template: dict[str, Any]) -> dict[str, Any]:
     return group
 
 
-def _restart(optimizer: Any, group: dict[str, Any], template: dict[str, Any]) -> None:
+def _restart(optimizer: Any, group: Group, template: Group) -> None:
     """Set a group's counters to those of a new optimizer, or to the template's where all groups share them."""
     defaults = {key: value for layer in layers(optimizer) for key, value in getattr(layer, "defaults", {}).items()}
     counting = counters(optimizer)
@@ -155,7 +157,7 @@ def _restart(optimizer: Any, group: dict[str, Any], template: dict[str, Any]) ->
             group.pop(key, None)  # the optimizer makes it when it first meets the group
 
 
-def add(optimizer: Any, group: dict[str, Any], template: int, ratio: float) -> None:
+def add(optimizer: Any, group: Group, template: int, ratio: float) -> None:
     """Let a group join, with its entries in the optimizer's own lists; the dict becomes the live one.
 
     Of a wrapper the optimizer is the wrapper, which may keep something for each parameter.
@@ -166,9 +168,7 @@ def add(optimizer: Any, group: dict[str, Any], template: int, ratio: float) -> N
     _prepare(optimizer, group["params"])
 
 
-def fill(
-    optimizer: Any, group: dict[str, Any], template: int, parameters: Iterable[nn.Parameter], names: Iterable[str]
-) -> None:
+def fill(optimizer: Any, group: Group, template: int, parameters: Iterable[nn.Parameter], names: Iterable[str]) -> None:
     """Put parameters into an empty group, as if it joined now: while it stood empty its counters ran."""
     groups, own = optimizer.param_groups, group["params"]
     place = next(index for index, other in enumerate(groups) if other is group)
@@ -187,51 +187,43 @@ def fill(
     _prepare(optimizer, own)
 
 
-def leave(optimizer: Any, group: dict[str, Any], leaving: Collection[nn.Parameter]) -> None:
+def leave(optimizer: Any, group: Group, leaving: Collection[nn.Parameter]) -> None:
     """Take parameters out of a group: out of its lists in place, since others may hold them, and with their state."""
     out = set(map(id, leaving))
     if "param_names" in group:
         pairs = zip(group["param_names"], group["params"], strict=True)
         group["param_names"][:] = [name for name, parameter in pairs if id(parameter) not in out]
     group["params"][:] = [parameter for parameter in group["params"] if id(parameter) not in out]
-    _forget(optimizer, leaving)
+    for layer in layers(optimizer):  # a wrapper's state need not be that of what it wraps
+        for parameter in leaving:
+            layer.state.pop(parameter, None)
 
 
-def take_back(optimizer: Any, size: int, filled: Sequence[dict[str, Any]] = ()) -> None:
-    """Undo `add` and `fill`: no groups from the 0-based place `size` on, and empty ones where there were empty ones."""
-    for group in [*optimizer.param_groups[size:], *filled]:
-        _forget(optimizer, group["params"])  # what was prepared
-    for group in filled:
-        group["params"].clear()
-        group.get("param_names", []).clear()
-    for values in (optimizer.param_groups, *_rate_lists(optimizer)):
-        del values[size:]
+def snapshot(optimizer: Any) -> Callable[[], None]:
+    """What brings groups, parameters and their state back as they are now, all in the objects that hold them."""
+    lists = [optimizer.param_groups, *_rate_lists(optimizer)]
+    lists += [group[key] for group in optimizer.param_groups for key in ("params", "param_names") if key in group]
+    before = [(values, list(values)) for values in lists]
+    states = [(layer.state, dict(layer.state)) for layer in layers(optimizer)]
+
+    def restore() -> None:
+        for values, content in before:
+            values[:] = content
+        for state, kept in states:
+            state.clear()
+            state.update(kept)
+
+    return restore
 
 
 def take_out(optimizer: Any, parameters: Iterable[nn.Parameter]) -> Callable[[], None]:
     """Take parameters out of the user's own groups, in place, with their state; what is returned puts them back."""
-    out = set(map(id, parameters))
-    groups = [group for group in optimizer.param_groups if BLOCK_KEY not in group]
-    lists = [(group[key], list(group[key])) for group in groups for key in ("params", "param_names") if key in group]
-    states = [(layer.state, dict(layer.state)) for layer in layers(optimizer)]
-    for group in groups:
-        if leaving := [parameter for parameter in group["params"] if id(parameter) in out]:
+    restore, out = snapshot(optimizer), set(map(id, parameters))
+    for group in optimizer.param_groups:
+        leaving = [] if BLOCK_KEY in group else [parameter for parameter in group["params"] if id(parameter) in out]
+        if leaving:
             leave(optimizer, group, leaving)
-
-    def put_back() -> None:
-        for values, before in lists:
-            values[:] = before
-        for state, content in states:
-            state.clear()
-            state.update(content)
-
-    return put_back
-
-
-def _forget(optimizer: Any, parameters: Iterable[nn.Parameter]) -> None:
-    for layer in layers(optimizer):  # a wrapper's state need not be that of what it wraps
-        for parameter in parameters:
-            layer.state.pop(parameter, None)
+    return restore
 
 
 # --- the order of groups

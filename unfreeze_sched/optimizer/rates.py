@@ -42,6 +42,7 @@ class _Row(NamedTuple):
 UNKNOWN = _Row(scaled_keys=(), restarts=False)
 """Of sequences and chains, too: what they keep beside reports, the schedulers within keep."""
 
+_COMPOSITES = frozenset({SequentialLR, ChainedScheduler})
 _TIMM = _Row(scaled_lists=("base_values", "restore_lr"), copied_lists=("warmup_steps",))
 _PLAIN = ("StepLR", "MultiStepLR", "ConstantLR", "LinearLR", "ExponentialLR", "PolynomialLR")
 _OF_TIMM = ("Cosine", "MultiStep", "Plateau", "Poly", "Step", "Tanh", "WSD")
@@ -132,17 +133,14 @@ def _kind(cls: Any) -> Any:
     return cls
 
 
-class AtOnce:
+class AtOnce(ChainedScheduler):
     """All schedulers of an optimizer, which are to it what a chain's are; accelerate's only decide when to step."""
 
-    def __init__(self, schedulers: Iterable[Any] | None) -> None:
+    def __init__(self, schedulers: Schedulers) -> None:
         self._schedulers = [s.scheduler if type(s).__name__ == "AcceleratedScheduler" else s for s in schedulers or ()]
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self._schedulers)
-
-
-_COMPOSITES = frozenset({SequentialLR, ChainedScheduler, AtOnce})
 
 
 def _with_inner(scheduler: Any) -> Iterator[Any]:
@@ -308,7 +306,7 @@ def foreseen(schedulers: Schedulers, template: Mapping[str, Any], index: int, ra
     if ratio == 1 or template.get("lr") is None:
         return None
     parts = list(_with_inner(AtOnce(schedulers)))
-    chains = [part for part in parts if _kind(part.__class__) in {ChainedScheduler, AtOnce} and len(_lasting(part)) > 1]
+    chains = [part for part in parts if _kind(part.__class__) is ChainedScheduler and len(_lasting(part)) > 1]
     at_once = [leaf for chain in chains for leaf in leaves(chain)]
     for part in parts:
         if _kind(part.__class__) is ReduceLROnPlateau:
@@ -349,12 +347,6 @@ def join(schedulers: Schedulers, groups: Sequence[Mapping[str, Any]], index: int
                 entry = entry * ratio
             longer[id(values)].append(entry)
         setattr(part, name, longer[id(values)])
-
-
-def leave(schedulers: Schedulers, groups: int) -> None:
-    """Take back what `join` gave for groups from the 0-based place `groups` on."""
-    for _, _, values in rows(schedulers):
-        del values[groups:]
 
 
 def reorder(schedulers: Schedulers, order: Sequence[int]) -> None:

@@ -31,7 +31,7 @@ from unfreeze_sched._checks import as_count, as_ratio, listed, one_of, warn
 from unfreeze_sched.model.admission import validate_blocks
 from unfreeze_sched.model.block import Block
 from unfreeze_sched.optimizer import admission, groups, rates
-from unfreeze_sched.optimizer.groups import BLOCK_KEY, SUBSET_KEY
+from unfreeze_sched.optimizer.groups import BLOCK_KEY, SUBSET_KEY, Group
 from unfreeze_sched.optimizer.subsets import Overrides, Subset, subsets_of
 from unfreeze_sched.optimizer.warmup import Warmup
 from unfreeze_sched.optimizer.watch import Accumulation, Claim, FirstStep, Owners, Probe, StepHooks
@@ -63,7 +63,7 @@ UNCHANGED = GroupChange()
 class _Join(NamedTuple):
     subset: Subset  # what joins of it
     template: int  # 0-based index of the group that it is like
-    group: dict[str, Any]  # a new one, or an empty live one that is filled
+    group: Group  # a new one, or an empty live one that is filled
     rate: rates.RateMap | None  # from the template's learning rate to the new group's; None where one is filled
 
 
@@ -160,7 +160,7 @@ class OptimizerRebuilder:
         admission.refuse_members(optimizer, self.blocks, [block for claim in claims for block in claim.blocks])
         self._admitted: set[Hashable] = set()
         self._warned = False
-        for subset in self._subsets(self._all()):
+        for subset in self._subsets():
             with suppress(ValueError):  # what does not fit is refused when it joins, if it ever does
                 like = optimizer.param_groups[self._template_of(subset)]
                 admission.refuse_unfit(optimizer, like, subset.samples, self._admitted)
@@ -169,7 +169,7 @@ class OptimizerRebuilder:
         one_of(probe, "probe", get_args(Probe))
         admission.refuse_schedulers(optimizer, lr_schedulers)
         if not late:
-            self._carry_out([self._join(subset.only(()), None) for subset in self._subsets(self._all())])
+            self._carry_out([self._join(subset.only(()), None) for subset in self._subsets()])
         # Nothing is refused from here on, so that no hook of a refused rebuilder stays behind.
         self.claim = Claim(stepping, self.blocks)
         self.owners = Owners(self.blocks)
@@ -188,7 +188,7 @@ class OptimizerRebuilder:
             RuntimeError: The model no longer holds a part of a block, the optimizer not the template's group, or an
                 accumulation is not over; likewise.
         """
-        return self.sync_blocks(self._all())
+        return self.sync_blocks(range(len(self.blocks))[::-1])
 
     def sync_blocks(self, indices: Sequence[int], reached: int = 0, flipped: Iterable[int] = ()) -> GroupChange:
         """As `sync`, for some of the blocks.
@@ -250,7 +250,7 @@ class OptimizerRebuilder:
         """Warn once of an LR scheduler under which a join will be refused when training is under way."""
         if self.membership == "declared" or self._warned or not self.lr_schedulers:
             return
-        for subset in self._subsets(self._all()):
+        for subset in self._subsets():
             index = self._template_of(subset)
             if found := rates.foreseen(self.lr_schedulers, self.optimizer.param_groups[index], index, subset.ratio):
                 self._warned = True
@@ -263,9 +263,9 @@ class OptimizerRebuilder:
                 )
                 return
 
-    def shares(self) -> Iterator[tuple[dict[str, Any], dict[str, Any], float]]:
+    def shares(self) -> Iterator[tuple[Group, Group, float]]:
         """Each live group of a block, its template's, and the ratio of their learning rates."""
-        subsets: dict[groups.Tag, Subset] = {subset.tag: subset for subset in self._subsets(self._all())}
+        subsets: dict[groups.Tag, Subset] = {subset.tag: subset for subset in self._subsets()}
         for group in self.optimizer.param_groups:
             if subset := subsets.get(groups.tag(group)):
                 yield group, self.optimizer.param_groups[self._template_of(subset)], subset.ratio
@@ -289,20 +289,19 @@ class OptimizerRebuilder:
         if order != sorted(order):  # else no row moves, and one that lacks the entry of a later group is left alone
             rates.reorder(self.lr_schedulers, order)
 
-    def _all(self) -> range:
-        return range(len(self.blocks) - 1, -1, -1)
-
-    def _subsets(self, indices: Iterable[int]) -> Iterable[Subset]:
-        return chain.from_iterable(self.subsets[index] for index in indices)
+    def _subsets(self, indices: Iterable[int] | None = None) -> Iterable[Subset]:
+        """Those of some blocks, or of all, deepest first."""
+        chosen = self.subsets[::-1] if indices is None else [self.subsets[index] for index in indices]
+        return chain.from_iterable(chosen)
 
     def _diff(
         self, indices: Sequence[int], reached: int
-    ) -> tuple[list[tuple[Subset, dict[str, Any] | None]], list[tuple[Subset, list[dict[str, Any]]]]]:
+    ) -> tuple[list[tuple[Subset, Group | None]], list[tuple[Subset, list[Group]]]]:
         """What joins, each with the empty group that waits for it, and what leaves which groups: the table above."""
-        joining: list[tuple[Subset, dict[str, Any] | None]] = []
-        leaving: list[tuple[Subset, list[dict[str, Any]]]] = []
+        joining: list[tuple[Subset, Group | None]] = []
+        leaving: list[tuple[Subset, list[Group]]] = []
         keep = self.on_refreeze == "keep"
-        live: dict[Any, list[dict[str, Any]]] = {}  # by their tags, since loading a state dict replaces the groups
+        live: dict[Any, list[Group]] = {}  # by their tags, since loading a state dict replaces the groups
         for group in self.optimizer.param_groups:
             live.setdefault((group.get(BLOCK_KEY), group.get(SUBSET_KEY, 0)), []).append(group)
         for subset in self._subsets(indices):
@@ -338,7 +337,7 @@ class OptimizerRebuilder:
             "that"
         )
 
-    def _join(self, subset: Subset, empty: dict[str, Any] | None) -> _Join:
+    def _join(self, subset: Subset, empty: Group | None) -> _Join:
         """How a subset joins: into the empty group that waits for it, else in a group like the live template.
 
         `add_param_group` alone would fill in the constructor's defaults instead.
@@ -366,7 +365,7 @@ class OptimizerRebuilder:
 
     def _carry_out(self, joins: Sequence[_Join]) -> None:
         """Let groups join optimizer and schedulers, and parameters join empty groups: all or none."""
-        optimizer, size = self.optimizer, len(self.optimizer.param_groups)
+        optimizer, rows, restore = self.optimizer, rates.rows(self.lr_schedulers), groups.snapshot(self.optimizer)
         try:
             for subset, template, group, rate in joins:
                 if rate is None:
@@ -375,8 +374,9 @@ class OptimizerRebuilder:
                 groups.add(optimizer, group, template, subset.ratio)
                 rates.join(self.lr_schedulers, optimizer.param_groups, template, subset.ratio, rate)
         except BaseException:  # an interrupt would leave the schedulers a row short for good
-            groups.take_back(optimizer, size, [join.group for join in joins if join.rate is None])
-            rates.leave(self.lr_schedulers, size)
+            restore()
+            for part, name, values in rows:
+                setattr(part, name, values)
             raise
 
 

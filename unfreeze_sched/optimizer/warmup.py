@@ -36,7 +36,7 @@ class Warmup(Watcher):
             group[WARMUP_KEY] = [0, self.steps]
             self.stay()
 
-    def before_step(self, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
+    def before_step(self) -> None:
         """Lower the rates of all groups that warm up, whichever rebuilder began it: two would lower them twice."""
         if self.hooks.first(Warmup) is not self:
             return

@@ -164,8 +164,8 @@ class Watcher:
         """Those of all that the optimizer holds."""
         return (p.grad for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None)
 
-    def before_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A step begins; what is returned takes the place of its arguments, unless it is None."""
+    def before_step(self) -> None:
+        """A step begins."""
 
     def after_step(self) -> None:
         """A step has ended."""
@@ -185,6 +185,7 @@ class StepHooks:
         self._watchers: list[ref[Watcher]] = []
         self._handles: list[Any] = []
         self._in_step = False
+        self.has_closure = False  # in the present step, or the last one
 
     @classmethod
     def on(cls, optimizer: Optimizer) -> StepHooks:
@@ -219,13 +220,10 @@ class StepHooks:
         """The first of a kind, which does for all what must not be done twice."""
         return next(self.of_kind(kind), None)
 
-    def _before_step(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._in_step, given = True, None
+    def _before_step(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._in_step, self.has_closure = True, any(value is not None for value in (*args[1:2], kwargs.get("closure")))
         for watcher in self.of_kind(Watcher):
-            changed = watcher.before_step(args, kwargs)
-            if changed is not None:
-                given = args, kwargs = changed
-        return given
+            watcher.before_step()
 
     def _after_step(self, *_: Any) -> None:
         for watcher in self.of_kind(Watcher):
@@ -257,7 +255,7 @@ class Unapplied(Watcher):
 
     has_warned = False
 
-    def before_step(self, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
+    def before_step(self) -> None:
         """Warn at the first step."""
         if not self.has_warned:
             self.has_warned = True
@@ -355,22 +353,15 @@ class FirstStep(Watcher):
         if self._probe != "off" and any(parameter.requires_grad for _, parameter in named):
             self._watched.append(named)
 
-    def before_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Look, or let a step with a closure look when the gradients are there."""
-        if not self._watched:
-            return None
-        optimizer, *given = args
-        closure = given[0] if given else kwargs.get("closure")
-        if closure is None:
+    def before_step(self) -> None:
+        """Look, unless the gradients come to be within the step."""
+        if self._watched and not self.hooks.has_closure:
             self._look()
-            return None
 
-        def probed() -> Any:  # the gradients come to be within the step
-            loss = closure()
+    def after_step(self) -> None:
+        """Look where a closure has made them."""
+        if self._watched and self.hooks.has_closure:
             self._look()
-            return loss
-
-        return ((optimizer, probed, *given[1:]), kwargs) if given else (args, {**kwargs, "closure": probed})
 
     def _look(self) -> None:
         watched = {name: parameter for named in self._watched for name, parameter in named if parameter.requires_grad}
