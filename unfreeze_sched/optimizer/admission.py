@@ -9,22 +9,12 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
-from torch.optim import ASGD, Optimizer, Rprop
+from torch.optim import ASGD, LBFGS, Optimizer, Rprop
 
 from unfreeze_sched._checks import listed
 from unfreeze_sched.model.block import Block, Named
 from unfreeze_sched.optimizer import rates
 from unfreeze_sched.optimizer.groups import BLOCK_KEY, class_path, innermost, layers, why_no_rate, written
-
-# Why no group can join, ever or once training has begun; what the structure tells is asked in `refuse_optimizer`.
-_NEVER = {"torch.optim.lbfgs.LBFGS": "which holds one"}
-_ONLY_DECLARED = dict.fromkeys(
-    (f"pytorch_optimizer.optimizer.emonavi.{name}" for name in ("EmoNavi", "EmoLynx", "EmoFact")),
-    "whose average of the loss advances once a group",
-)
-# Change from step to step, and no check depends on them once they are in use.
-_MOVING = frozenset({"lr", "initial_lr"})
-
 
 # --- the engine and the optimizer
 
@@ -71,23 +61,28 @@ def refuse_optimizer(
         ...
         ValueError: `optimizer` must take further param groups, got LBFGS, which holds one; use another
     """
+    groups = optimizer.param_groups
+    if template >= len(groups) or BLOCK_KEY in (group := groups[template]):
+        own = sum(BLOCK_KEY not in group for group in groups)
+        raise ValueError(
+            f"`template` must be below {own}, the number of your own groups, got {template}; 0 is the head's"
+        )
     _refuse_forwarding(optimizer)
-    group = optimizer.param_groups[template]
     for layer in layers(optimizer):
-        name, path = type(layer).__name__, class_path(layer.__class__)
-        reason = _NEVER.get(path)
-        if reason is None and isinstance(vars(layer).get("model"), nn.Module):
-            reason = "which reads the model it was made of"
-        if reason is not None:
+        name = type(layer).__name__
+        reads_model = isinstance(vars(layer).get("model"), nn.Module)
+        if reads_model or isinstance(layer, LBFGS):
+            reason = "which reads the model it was made of" if reads_model else "which holds one"
             raise ValueError(f"`optimizer` must take further param groups, got {name}, {reason}; use another")
         if layer.param_groups is not optimizer.param_groups:
             raise ValueError(
                 f"`optimizer` must share its param groups with the {name} that it wraps, got a "
                 f"{type(optimizer).__name__} with others; set the inner one's param_groups to the outer's"
             )
-        if late and (reason := _ONLY_DECLARED.get(path)):
+        if late and type(layer).__module__ == "pytorch_optimizer.optimizer.emonavi":
             raise ValueError(
-                f"`membership` must be 'declared' for {name}, {reason}, got 'late'; pass membership='declared'"
+                f"`membership` must be 'declared' for {name}, whose average of the loss advances once a group, got "
+                "'late'; pass membership='declared'"
             )
         # A relative step writes the learning rate as well, and computes it anew each time.
         if (late or drops) and "lr" in written(layer.__class__) and "relative_step" not in group:
@@ -96,12 +91,11 @@ def refuse_optimizer(
                 f"`membership` must be 'declared' and `on_refreeze` 'keep' for {name}, whose step writes the learning "
                 f"rate, got {got}; pass both"
             )
-    reason = why_no_rate(optimizer, group)
     wrong = [ratio for ratio in ratios if ratio != 1]
-    if reason is not None and wrong:
+    if wrong and (why := why_no_rate(optimizer, group)):
         raise ValueError(
-            f"`learning_rate_scale` and `layer_decay` must be 1 for {type(optimizer).__name__}, {reason}, got a group "
-            f"at {wrong[0]} of the template's rate; pass learning_rate_scale=1.0"
+            f"`learning_rate_scale` and `layer_decay` must be 1 for {type(optimizer).__name__}, {why}, got a group at "
+            f"{wrong[0]} of the template's rate; pass learning_rate_scale=1.0"
         )
 
 
@@ -121,23 +115,13 @@ def _refuse_forwarding(optimizer: Any) -> None:
         )
 
 
-def refuse_template(optimizer: Optimizer, index: int) -> None:
-    """Refuse a template that is none of the user's own groups; `index` is 0-based."""
-    groups = optimizer.param_groups
-    if index >= len(groups) or BLOCK_KEY in groups[index]:
-        own = sum(BLOCK_KEY not in group for group in groups)
-        raise ValueError(f"`template` must be below {own}, the number of your own groups, got {index}; 0 is the head's")
-
-
 def refuse_warmup(optimizer: Any, steps: int, template: int = 0) -> None:
     """Refuse a warm-up where a group has no rate of its own, or builds state from its first, false for good then."""
-    reason = why_no_rate(optimizer, optimizer.param_groups[template])
+    why = why_no_rate(optimizer, optimizer.param_groups[template])
     if isinstance(optimizer, (Rprop, ASGD)):
-        reason = "which builds its state from the learning rate"
-    if steps and reason is not None:
-        raise ValueError(
-            f"`warmup_steps` must be 0 for {type(optimizer).__name__}, {reason}, got {steps}; leave it out"
-        )
+        why = "which builds its state from the learning rate"
+    if steps and why:
+        raise ValueError(f"`warmup_steps` must be 0 for {type(optimizer).__name__}, {why}, got {steps}; leave it out")
 
 
 # --- parameters
@@ -202,10 +186,9 @@ def refuse_unfit(
     to fit, to which this adds: all groups of a run ask for the same.
     """
     hyperparameters = {key: value for key, value in template.items() if key not in {"params", "param_names"}}
-    plain = (int, float, str, type(None))
-    settings = tuple(
-        (key, value) for key, value in hyperparameters.items() if key not in _MOVING and isinstance(value, plain)
-    )
+    # Rates change from step to step, and no check depends on them once they are in use.
+    plain, moving = (int, float, str, type(None)), {"lr", "initial_lr"}
+    settings = tuple((k, v) for k, v in hyperparameters.items() if k not in moving and isinstance(v, plain))
     for name, parameter in samples:
         kind = (parameter.ndim, parameter.dtype, parameter.device, settings)
         if kind in admitted:
@@ -250,14 +233,14 @@ def refuse_schedulers(optimizer: Optimizer, schedulers: Sequence[Any] | None) ->
             "`lr_schedulers` must hold the LR scheduler that drives this optimizer, got none; "
             "pass lr_schedulers=[scheduler], or None if it is no longer in use"
         )
-    for scheduler in rates.AtOnce(schedulers):
+    for scheduler in rates.unwrapped(schedulers):
         # It may drive the optimizer or one that this wraps.
         if not any(getattr(scheduler, "optimizer", layer) is layer for layer in layers(optimizer)):
             raise ValueError(
                 f"`lr_schedulers` must drive this optimizer, got a {type(scheduler).__name__} of another one; "
                 "make the scheduler from the optimizer that is passed here"
             )
-        for leaf in rates.leaves(scheduler):
+        for leaf in rates.leaves([scheduler]):
             if rates.row_of(leaf.__class__) is rates.UNKNOWN:
                 raise TypeError(
                     f"`lr_schedulers` must be of known classes, got {class_path(leaf.__class__)}; say what it keeps "

@@ -51,10 +51,10 @@ def layers(optimizer: Any) -> Iterator[Any]:
         ['SGD']
     """
     yield optimizer
-    for name in _WRAPPED:
-        inner = vars(optimizer).get(name)
-        if isinstance(getattr(inner, "param_groups", None), list):
-            yield from layers(inner)
+    own = vars(optimizer)
+    for name in filter(own.__contains__, _WRAPPED):
+        if isinstance(getattr(own[name], "param_groups", None), list):
+            yield from layers(own[name])
 
 
 def innermost(optimizer: Any) -> Any:

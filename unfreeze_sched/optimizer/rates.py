@@ -14,6 +14,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from functools import cache, partial
+from itertools import chain
 from operator import mul
 from typing import Any, NamedTuple
 
@@ -133,14 +134,16 @@ def _kind(cls: Any) -> Any:
     return cls
 
 
-class AtOnce(ChainedScheduler):
-    """All schedulers of an optimizer, which are to it what a chain's are; accelerate's only decide when to step."""
+def unwrapped(schedulers: Schedulers) -> list[Any]:
+    """The schedulers, within accelerate's wrappers, which only decide when they step."""
+    return [s.scheduler if type(s).__name__ == "AcceleratedScheduler" else s for s in schedulers or ()]
+
+
+class _AtOnce(ChainedScheduler):
+    """All schedulers of an optimizer, which are to it what a chain's are."""
 
     def __init__(self, schedulers: Schedulers) -> None:
-        self._schedulers = [s.scheduler if type(s).__name__ == "AcceleratedScheduler" else s for s in schedulers or ()]
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._schedulers)
+        self._schedulers = unwrapped(schedulers)
 
 
 def _with_inner(scheduler: Any) -> Iterator[Any]:
@@ -153,9 +156,10 @@ def _with_inner(scheduler: Any) -> Iterator[Any]:
         yield scheduler.lr_scheduler
 
 
-def leaves(scheduler: Any) -> Iterator[Any]:
-    """The schedulers that compute rates: the scheduler, or all those within a sequence or a chain."""
-    return (part for part in _with_inner(scheduler) if _kind(part.__class__) not in _COMPOSITES)
+def leaves(schedulers: Schedulers) -> list[Any]:
+    """Those that compute rates: the schedulers, or all those within a sequence or a chain."""
+    inner = chain.from_iterable(map(_with_inner, unwrapped(schedulers)))
+    return [part for part in inner if _kind(part.__class__) not in _COMPOSITES]
 
 
 def _lasting(scheduler: Any) -> list[Any]:
@@ -219,8 +223,7 @@ def joining_rate(schedulers: Schedulers, template: dict[str, Any], index: int, r
     one scheduler. A ValueError says that a floor took part in a way that depends on the past, or that another hand is
     at the template's rate. `index` is the template's 0-based place among the optimizer's groups.
     """
-    at_once = AtOnce(schedulers)
-    reports: list[Any] = [getattr(scheduler, "_last_lr", None) for scheduler in at_once]  # timm's keep none
+    reports: list[Any] = [getattr(scheduler, "_last_lr", None) for scheduler in unwrapped(schedulers)]  # timm's: none
     if reports and None not in reports and template.get("lr") is not None:
         found, reported = float(template["lr"]), [float(report[index]) for report in reports]
         if not any(math.isclose(found, report, rel_tol=1e-6) for report in reported):
@@ -234,17 +237,17 @@ def joining_rate(schedulers: Schedulers, template: dict[str, Any], index: int, r
             )
     if ratio == 1:
         return deepcopy
-    all_leaves = list(leaves(at_once))
+    all_leaves = leaves(schedulers)
     if all(_stands_at_first(leaf, template, index, ratio) for leaf in all_leaves):
         # timm's warm-up starts every group from one and the same rate.
         return deepcopy if any(map(_warms_up_from, all_leaves)) else partial(mul, ratio)
     plateaus = (leaf for leaf in all_leaves if _kind(leaf.__class__) is ReduceLROnPlateau and leaf.last_epoch)
     reduced = next((leaf for leaf in plateaus if not _is_above(leaf, index, float(template["lr"]) * ratio)), None)
     if reduced is None:
-        along = _along(at_once, index, ratio) if any(map(_floor, all_leaves)) else partial(mul, ratio)
+        along = _along(_AtOnce(schedulers), index, ratio) if any(map(_floor, all_leaves)) else partial(mul, ratio)
         if along:
             return along
-    leaf = next(filter(_floor, _had_a_say(at_once))) if reduced is None else reduced
+    leaf = next(filter(_floor, _had_a_say(_AtOnce(schedulers)))) if reduced is None else reduced
     floor = _floor(leaf) if reduced is None else leaf.min_lrs[index]
     raise ValueError(
         f"`learning_rate_scale` must be 1 to join late where a {type(leaf).__name__} with a floor of {floor} has "
@@ -305,9 +308,9 @@ def foreseen(schedulers: Schedulers, template: Mapping[str, Any], index: int, ra
     """
     if ratio == 1 or template.get("lr") is None:
         return None
-    parts = list(_with_inner(AtOnce(schedulers)))
+    parts = list(_with_inner(_AtOnce(schedulers)))
     chains = [part for part in parts if _kind(part.__class__) is ChainedScheduler and len(_lasting(part)) > 1]
-    at_once = [leaf for chain in chains for leaf in leaves(chain)]
+    at_once = leaves(chains)
     for part in parts:
         if _kind(part.__class__) is ReduceLROnPlateau:
             reduced = float(template["lr"]) * part.factor * ratio
@@ -326,7 +329,7 @@ def join(schedulers: Schedulers, groups: Sequence[Mapping[str, Any]], index: int
 
     `index` is the template's 0-based place among the groups, and `rate` what `joining_rate` gave.
     """
-    outer = list(AtOnce(schedulers))
+    outer = unwrapped(schedulers)
     # By the address of the shorter list: a new one each, since a state that was saved in memory holds the old one, and
     # one for two where a composite's `_last_lr` is its child's.
     longer: dict[int, list[Any]] = {}
@@ -349,6 +352,12 @@ def join(schedulers: Schedulers, groups: Sequence[Mapping[str, Any]], index: int
         setattr(part, name, longer[id(values)])
 
 
+def leave(schedulers: Schedulers, groups: int) -> None:
+    """Take back what `join` gave for groups from the 0-based place `groups` on."""
+    for _, _, values in rows(schedulers):
+        del values[groups:]
+
+
 def reorder(schedulers: Schedulers, order: Sequence[int]) -> None:
     """Bring the rows into another order, given the 0-based places that they have now."""
     for part, name, values in rows(schedulers):
@@ -359,7 +368,7 @@ def rows(schedulers: Schedulers) -> list[tuple[Any, str, list[Any]]]:
     """Whatever list has an entry for each group, of schedulers and those within them: whose, its name, the list."""
     return [
         (part, name, values)
-        for part in _with_inner(AtOnce(schedulers))
+        for part in chain.from_iterable(map(_with_inner, unwrapped(schedulers)))
         for row in [row_of(part.__class__)]
         for name in ("base_lrs", "_last_lr", *row.scaled_lists, *row.copied_lists)
         if (values := getattr(part, name, None)) is not None
@@ -375,7 +384,7 @@ def entry_of_own(part: Any, name: str, group: Mapping[str, Any]) -> Any:
 
 def scaled_keys(schedulers: Schedulers) -> Iterable[str]:
     """The keys of a group that hold rates of the schedulers' rows, to be multiplied by the ratio."""
-    return {key for leaf in leaves(AtOnce(schedulers)) for key in row_of(leaf.__class__).scaled_keys}
+    return {key for leaf in leaves(schedulers) for key in row_of(leaf.__class__).scaled_keys}
 
 
 def _warmup_step(scheduler: Any) -> float:

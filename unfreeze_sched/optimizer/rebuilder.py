@@ -1,7 +1,6 @@
 """`OptimizerRebuilder`: brings a live optimizer in step with `requires_grad`, in place.
 
-What a sync does with a parameter of a block follows from where the parameter is and what it is. *Reached* are the
-deepest blocks that were unfrozen at some time; a plain `sync()` knows of none.
+What a sync does with a parameter of a block; *reached* are the deepest blocks that were unfrozen at some time:
 
 | in its group | trainable | reached | on_refreeze | what happens                                             |
 | ------------ | --------- | ------- | ----------- | -------------------------------------------------------- |
@@ -12,8 +11,6 @@ deepest blocks that were unfrozen at some time; a plain `sync()` knows of none.
 | no           | no        | yes     | keep        | it joins: a jump passed over the epoch at which it would |
 | no           | no        | yes     | drop        | it stays outside, and its group is made, empty           |
 | no           | no        | no      |             | it stays outside                                         |
-
-All that can be refused is refused before anything is changed.
 """
 
 from __future__ import annotations
@@ -70,13 +67,13 @@ class _Join(NamedTuple):
 class OptimizerRebuilder:
     """Diffs `requires_grad` against a live optimizer, and lets parameters join it in place.
 
-    The optimizer object, its groups and its state stay the same objects; a block that became trainable gets a group of
+    The optimizer, its groups and its state stay the same objects; block i (0-based, shallow to deep) gets a group of
     its own, a clone of the template's with
 
         lr = template lr * learning_rate_scale * layer_decay ** (len(blocks) - 1 - i)
 
-    for block i (0-based, shallow to deep, so that the deepest has exponent 0), and each LR scheduler gets the group's
-    row. The run is then the one in which the parameters had been in the optimizer from the start, frozen.
+    and each LR scheduler the group's row. The run is then the one in which the parameters had been in the optimizer
+    from the start, frozen. All that can be refused is refused before anything is changed.
 
     Args:
         optimizer: The live optimizer; it holds the head's parameters, and none of the blocks'.
@@ -85,18 +82,17 @@ class OptimizerRebuilder:
         learning_rate_scale: In (0, 1], or one for each block, by its name.
         layer_decay: In (0, 1]; 1 gives all blocks the same rate.
         template: 0-based index of the group that joining groups clone.
-        on_refreeze: What becomes of a parameter that is frozen again: `"keep"` leaves it in the optimizer with its
-            state, where no step moves it, `"drop"` takes it out and frees the state.
-        membership: `"late"` adds a block's group when the block joins, `"declared"` adds all groups now, empty, and
-            fills them later.
+        on_refreeze: `"keep"` leaves a parameter that is frozen again in the optimizer with its state, where no step
+            moves it; `"drop"` takes it out and frees the state.
+        membership: `"late"` adds a block's group when the block joins; `"declared"` adds all now, to be filled later.
         no_decay: True puts a block's norm and bias parameters into a second group with `weight_decay=0`; a function of
             name and parameter returns the keys to override, and parameters with equal ones share a group. Such a group
             is like your own first one that has these values already, else like the template.
         warmup_steps: Optimizer steps over which a joining group's learning rate rises linearly, step i (0-based) at
             `(i + 1) / warmup_steps` of its own; no LR scheduler sees it.
-        probe: Before the first step after parameters joined, `"ranks"` and `"local"` warn of those that no gradient
-            reached, and `"ranks"` also raises where their gradients differ across the ranks of a process group, as
-            under a DDP that does not cover them; `"off"` does neither.
+        probe: Of the gradients at the first step after parameters joined: `"ranks"` and `"local"` warn where none came,
+            `"ranks"` also raises where they differ across the ranks of a process group, as under a DDP that does not
+            cover them; `"off"` does neither.
 
     Raises:
         TypeError: An argument of the wrong type, or a scheduler of an unknown class.
@@ -148,9 +144,8 @@ class OptimizerRebuilder:
         decay = as_ratio(layer_decay, "layer_decay", fix=keeps)
         ratios = [scale * decay**depth for depth, scale in enumerate(reversed(self.scales))][::-1]
         template = as_count(template, "template", minimum=0, fix="0 is the head's group")
-        admission.refuse_template(optimizer, template)
-        self._template = optimizer.param_groups[template]["params"]  # the list, which stays when groups are loaded
         admission.refuse_optimizer(optimizer, template, ratios, late=late, drops=on_refreeze == "drop")
+        self._template = optimizer.param_groups[template]["params"]  # the list, which stays when groups are loaded
         keys = optimizer.param_groups[template].keys()
         self.subsets = [
             subsets_of(index, block, ratios[index], no_decay, keys) for index, block in enumerate(self.blocks)
@@ -191,13 +186,10 @@ class OptimizerRebuilder:
         return self.sync_blocks(range(len(self.blocks))[::-1])
 
     def sync_blocks(self, indices: Sequence[int], reached: int = 0, flipped: Iterable[int] = ()) -> GroupChange:
-        """As `sync`, for some of the blocks.
+        """As `sync`, for the blocks of these 0-based indices, deepest first.
 
-        Args:
-            indices: 0-based indices of the blocks, deepest first.
-            reached: Number of blocks, from the deep end, that were unfrozen at some time.
-            flipped: Indices of the blocks whose `requires_grad` has just changed; the next step is to find gradients
-                for what is trainable of them.
+        `reached` is the number of blocks, from the deep end, that were unfrozen at some time; `flipped` are those whose
+        `requires_grad` has just changed: the next step is to find gradients for what is trainable of them.
         """
         if not self.owners.are_whole(indices):
             self.owners.refuse_changes(indices)
@@ -257,9 +249,8 @@ class OptimizerRebuilder:
                 scheduler, floor = found
                 warn(
                     f"`lr_schedulers` should have no floor where blocks join late, got a {type(scheduler).__name__} "
-                    f"with one, or with a least step, of {floor:g}: once it has played a part, a transition is "
-                    "refused; set it to 0, pass learning_rate_scale=1.0, or membership='declared', with the rebuilder "
-                    "made before the scheduler's first step"
+                    f"with one, or a least step, of {floor:g}: once it has played a part, a transition is refused; set "
+                    "it to 0, pass learning_rate_scale=1.0, or membership='declared' before the scheduler's first step"
                 )
                 return
 
@@ -309,12 +300,10 @@ class OptimizerRebuilder:
             # By identity: a comparison by value would take a fresh layer for its twin.
             inside = {id(parameter) for group in own for parameter in group["params"]}
             was_reached = subset.block >= len(self.blocks) - reached
-            joins = subset
-            if inside or not (keep and was_reached):  # else all of it joins, and nobody has to look
+            any_joins, joins = keep and was_reached, subset
+            if inside or not any_joins:  # else all of it joins, and nobody has to look
                 joins = subset.only(
-                    (n, p)
-                    for n, p in subset.named
-                    if id(p) not in inside and (p.requires_grad or (keep and was_reached))
+                    (n, p) for n, p in subset.named if id(p) not in inside and (p.requires_grad or any_joins)
                 )
             if joins.named or (was_reached and not own):
                 joining.append((joins, next((group for group in own if not group["params"]), None)))
@@ -333,8 +322,7 @@ class OptimizerRebuilder:
             if group["params"] is self._template:
                 return index
         raise RuntimeError(
-            "`template` must be a group of the optimizer, got one that was taken out of it; make the unfreezer after "
-            "that"
+            "`template` must be a group of the optimizer, got one that was taken out; make the unfreezer after that"
         )
 
     def _join(self, subset: Subset, empty: Group | None) -> _Join:
@@ -365,7 +353,7 @@ class OptimizerRebuilder:
 
     def _carry_out(self, joins: Sequence[_Join]) -> None:
         """Let groups join optimizer and schedulers, and parameters join empty groups: all or none."""
-        optimizer, rows, restore = self.optimizer, rates.rows(self.lr_schedulers), groups.snapshot(self.optimizer)
+        optimizer, restore = self.optimizer, groups.snapshot(self.optimizer)
         try:
             for subset, template, group, rate in joins:
                 if rate is None:
@@ -375,8 +363,7 @@ class OptimizerRebuilder:
                 rates.join(self.lr_schedulers, optimizer.param_groups, template, subset.ratio, rate)
         except BaseException:  # an interrupt would leave the schedulers a row short for good
             restore()
-            for part, name, values in rows:
-                setattr(part, name, values)
+            rates.leave(self.lr_schedulers, len(optimizer.param_groups))
             raise
 
 
