@@ -256,17 +256,18 @@ def joining_rate(schedulers: Schedulers, template: dict[str, Any], index: int, r
     )
 
 
-def _along(scheduler: Any, index: int, ratio: float) -> RateMap | None:
+def _along(scheduler: Any, index: int, ratio: float, *, is_nested: bool = False) -> RateMap | None:
     """The map between the two groups' rates along a scheduler's own formula, None where that depends on the past."""
     if ratio == 1:
         return deepcopy
     parts = _lasting(scheduler)
     if len(parts) == 1:
-        return _along(parts[0], index, ratio)
+        return _along(parts[0], index, ratio, is_nested=not isinstance(scheduler, _AtOnce))
     if not any(map(_floor, _had_a_say(scheduler))):
         return partial(mul, ratio)
-    if parts:
-        return _past_floor(parts, index, ratio) if _kind(scheduler.__class__) is SequentialLR else None
+    if parts:  # a nested sequence is stepped once more when the outer one is made, of which its parts do not tell
+        goes_on = _kind(scheduler.__class__) is SequentialLR and not is_nested
+        return _past_floor(parts, index, ratio) if goes_on else None
     return None if row_of(scheduler.__class__) is _TIMM else _along_cosine(scheduler, index, ratio)
 
 
