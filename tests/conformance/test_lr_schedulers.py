@@ -14,7 +14,7 @@ from torch.optim import lr_scheduler as lrs
 pytest.importorskip("timm")
 pytest.importorskip("transformers")
 
-from schedulers_matrix import BASE, RECIPES, REFUSED, Ratios, Recipe, Twins, plain, run, sequential
+from schedulers_matrix import BASE, RECIPES, REFUSED, Ratios, Recipe, Twins, cosine, plain, run, sequential, wobble
 
 from unfreeze_sched.optimizer import rates
 
@@ -55,6 +55,20 @@ def test_what_only_declared_groups_can_follow(recipe: Recipe) -> None:
     assert run(Twins(recipe, [1.0]), {8: 1}, 25, 0.0) == []
     assert run(Twins(recipe, [0.1], membership="declared"), {8: 1}, 25, 1e-12) == []
     assert run(Twins(recipe, [0.1]), {0: 1}, 25, 1e-12) == []  # nothing has happened before the first step
+
+
+def test_a_nested_sequence_past_a_floor() -> None:
+    """It is stepped once more while the outer one is made: what its parts say is not what happened, and it is refused."""
+    nested = Recipe(
+        "nested",
+        lambda o, r: sequential(
+            o, [lrs.SequentialLR(o, [cosine(o, 0.02), lrs.MultiplicativeLR(o, wobble)], [2]), lrs.StepLR(o, 3)], [12]
+        ),
+    )
+    twins = Twins(nested, [0.5])
+    assert run(twins, {}, 5, 0.0) == []
+    with pytest.raises(ValueError, match=r"a CosineAnnealingLR with a floor of 0\.02 has played .*; pass membership="):
+        twins.join(1)
 
 
 @pytest.mark.parametrize("recipe", [*RECIPES, *REFUSED], ids=repr)

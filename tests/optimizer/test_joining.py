@@ -105,9 +105,10 @@ def test_names_are_kept_in_step() -> None:
 def test_the_optimizers_own_rates_grow_and_shrink() -> None:
     """AdaBound's `base_lrs` get the group's rate, and lose it when the join fails (trap 13)."""
     _, optimizer, make = parts(po.AdaBound, lr=0.1)
+    restore = groups.snapshot(optimizer)
     groups.add(optimizer, {"params": [nn.Parameter(torch.ones(2))], "lr": 0.01}, 0, 0.1)
     assert optimizer.base_lrs == [0.1, 0.1 * 0.1]
-    groups.take_back(optimizer, 1)
+    restore()
     assert (optimizer.base_lrs, len(optimizer.param_groups)) == ([0.1], 1)
     make(learning_rate_scale=0.5).sync()
     assert optimizer.base_lrs == [0.1, 0.05]

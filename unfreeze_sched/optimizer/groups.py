@@ -1,17 +1,26 @@
-"""What an optimizer keeps for a group, and how a joining group gets it: `add`, `fill`, `leave`."""
+"""What an optimizer keeps for a group, and how a joining group gets it: `add`, `fill`, `leave`.
+
+A group's keys are of two kinds. *Hyperparameters* are given, by the constructor, the user or a scheduler; a joining
+group copies the live template's. *Counters* are written by the optimizer's own code as it steps (`step`, `k`, ...); in
+a joining group they start as in a new optimizer, since bias corrections and averages of fresh parameters begin then.
+"""
 
 from __future__ import annotations
 
+import ast
 import copy
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+import inspect
+import textwrap
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
-from unfreeze_sched.optimizer.counters import written
+from unfreeze_sched._checks import warn
 
 BLOCK_KEY = "unfreeze_block"
 """The key under which a block's param group carries the block's name; a string, so it survives save and load."""
@@ -19,25 +28,33 @@ BLOCK_KEY = "unfreeze_block"
 SUBSET_KEY = "unfreeze_subset"
 """The key that tells the further groups of one block apart: 1, 2, ...; the first has none."""
 
-_NOT_COUNTERS = frozenset({"params", "param_names", "lr", "initial_lr"})
+Group = dict[str, Any]
+
 _WRAPPED = ("optimizer", "_optimizer", "base_optimizer", "_base_optimizer", "base")
-# Lists of an optimizer with a learning rate for each group.
-_RATE_LISTS = ("base_lrs",)
+_NOT_COUNTERS = frozenset({"params", "param_names", "lr", "initial_lr"})
+# Where the source cannot be read, as in a compiled class.
+_USUAL_COUNTERS = frozenset({"step", "k", "counter", "weight_sum", "lr_max"})
+# `train` and `eval` write a mode, which a joining group shares; the others restore what was saved.
+_NOT_STEPPING = frozenset({"__init__", "__setstate__", "load_state_dict", "state_dict", "train", "eval"})
+# Each step of the D-Adaptation family writes one estimate under this key into all groups.
+_SHARED = "d"
+
+
+# --- what is known of an optimizer
 
 
 def layers(optimizer: Any) -> Iterator[Any]:
     """An optimizer and those that it wraps (Lookahead, SAM, accelerate's, ...), outermost first.
 
     Example:
-        >>> import torch
         >>> [type(layer).__name__ for layer in layers(torch.optim.SGD([nn.Parameter(torch.ones(1))]))]
         ['SGD']
     """
     yield optimizer
-    for name in _WRAPPED:
-        inner = vars(optimizer).get(name)
-        if isinstance(getattr(inner, "param_groups", None), list):
-            yield from layers(inner)
+    own = vars(optimizer)
+    for name in filter(own.__contains__, _WRAPPED):
+        if isinstance(getattr(own[name], "param_groups", None), list):
+            yield from layers(own[name])
 
 
 def innermost(optimizer: Any) -> Any:
@@ -45,12 +62,62 @@ def innermost(optimizer: Any) -> Any:
     return list(layers(optimizer))[-1]
 
 
+@cache
+def class_path(cls: Any) -> str:
+    """The full name of a class."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+@cache
+def written(cls: Hashable) -> frozenset[str]:
+    """The string keys under which the methods of an optimizer's class store something in a group.
+
+    They are read from its source code: no attribute tells counters, and a table of classes would soon be out of date.
+
+    Warns:
+        UserWarning: Once a class, where its source cannot be read: the usual counters are taken for its own then.
+
+    Example:
+        >>> written(torch.optim.AdamW)  # it counts steps for each parameter
+        frozenset()
+    """
+    keys: set[str] = set()
+    for base in inspect.getmro(cast("type", cls)):
+        if base in {Optimizer, object}:
+            break
+        # By method, since a class may claim another module than the one that it is written in.
+        methods = {name: inspect.unwrap(value) for name, value in vars(base).items() if callable(value)}
+        for name, method in methods.items():
+            if name in _NOT_STEPPING or not inspect.isroutine(method):
+                continue
+            try:
+                tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
+            except (OSError, TypeError, SyntaxError):
+                warn(
+                    f"`optimizer` should be of a class whose source can be read, got {base.__qualname__}: which keys "
+                    f"of its groups count steps is not known, so {', '.join(sorted(_USUAL_COUNTERS))} start anew in a "
+                    "joining group; define the class in a file"
+                )
+                return frozenset(keys) | _USUAL_COUNTERS
+            keys.update(_stores(tree))
+    return frozenset(keys)
+
+
+def _stores(method: ast.AST) -> Iterator[str]:
+    """The keys of `group["key"] = ...`, under whatever name with `group` in it; `state[...]` is no group."""
+    for node in ast.walk(method):
+        match node:
+            case ast.Subscript(value=ast.Name(id=name), slice=ast.Constant(value=str(key)), ctx=ast.Store()):
+                if "group" in name:
+                    yield key
+
+
 def counters(optimizer: Any) -> frozenset[str]:
     """The keys of a group that the optimizer's own code writes as it steps."""
     return frozenset().union(*(written(layer.__class__) for layer in layers(optimizer))) - _NOT_COUNTERS
 
 
-def why_no_rate(optimizer: Any, group: dict[str, Any]) -> str | None:
+def why_no_rate(optimizer: Any, group: Group) -> str | None:
     """Why a group cannot have a learning rate of its own, in words; None where it can."""
     if _SHARED in counters(optimizer):
         return "whose groups share one learning rate"
@@ -61,22 +128,13 @@ def why_no_rate(optimizer: Any, group: dict[str, Any]) -> str | None:
     return None
 
 
-# Each step of the D-Adaptation family writes one estimate under this key into all groups.
-_SHARED = "d"
+# --- how a group joins, is filled and emptied
 
 
-def group_like(optimizer: Any, template: dict[str, Any]) -> dict[str, Any]:
+def group_like(optimizer: Any, template: Group) -> Group:
     """The keys of a group that joins beside a template, all but the parameters and their names.
 
-    Args:
-        optimizer: The live optimizer.
-        template: One of its groups.
-
-    Returns:
-        Copies of the template's hyperparameters, and counters as in a new optimizer.
-
     Example:
-        >>> import torch
         >>> optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=torch.tensor(0.1), momentum=0.9)
         >>> group = group_like(optimizer, optimizer.param_groups[0])
         >>> group["momentum"], group["lr"] is optimizer.param_groups[0]["lr"]
@@ -87,14 +145,22 @@ def group_like(optimizer: Any, template: dict[str, Any]) -> dict[str, Any]:
     return group
 
 
-def add(optimizer: Any, group: dict[str, Any], template: int, ratio: float) -> None:
-    """Let a group join, with its entries in the optimizer's own lists.
+def _restart(optimizer: Any, group: Group, template: Group) -> None:
+    """Set a group's counters to those of a new optimizer, or to the template's where all groups share them."""
+    defaults = {key: value for layer in layers(optimizer) for key, value in getattr(layer, "defaults", {}).items()}
+    counting = counters(optimizer)
+    source = template if _SHARED in counting else defaults
+    for key in counting:
+        if key in source:
+            group[key] = copy.deepcopy(source[key])
+        else:
+            group.pop(key, None)  # the optimizer makes it when it first meets the group
 
-    Args:
-        optimizer: The live optimizer; of a wrapper the wrapper, which may keep something for each parameter.
-        group: The group, which becomes the live one.
-        template: 0-based index of the group it is like.
-        ratio: Its learning rate over the template's.
+
+def add(optimizer: Any, group: Group, template: int, ratio: float) -> None:
+    """Let a group join, with its entries in the optimizer's own lists; the dict becomes the live one.
+
+    Of a wrapper the optimizer is the wrapper, which may keep something for each parameter.
     """
     optimizer.add_param_group(group)
     for values in _rate_lists(optimizer):
@@ -102,18 +168,8 @@ def add(optimizer: Any, group: dict[str, Any], template: int, ratio: float) -> N
     _prepare(optimizer, group["params"])
 
 
-def fill(
-    optimizer: Any, group: dict[str, Any], template: int, parameters: Iterable[nn.Parameter], names: Iterable[str]
-) -> None:
-    """Put parameters into an empty group, as if it joined now: while it stood empty its counters ran.
-
-    Args:
-        optimizer: The live optimizer.
-        group: One of its groups.
-        template: 0-based index of the group it is like.
-        parameters: They take the places of none.
-        names: Theirs, for a named optimizer.
-    """
+def fill(optimizer: Any, group: Group, template: int, parameters: Iterable[nn.Parameter], names: Iterable[str]) -> None:
+    """Put parameters into an empty group, as if it joined now: while it stood empty its counters ran."""
     groups, own = optimizer.param_groups, group["params"]
     place = next(index for index, other in enumerate(groups) if other is group)
     _restart(optimizer, group, groups[template])
@@ -131,14 +187,8 @@ def fill(
     _prepare(optimizer, own)
 
 
-def leave(optimizer: Any, group: dict[str, Any], leaving: Collection[nn.Parameter]) -> None:
-    """Take parameters out of a group: out of its lists in place, since others may hold them, and with their state.
-
-    Args:
-        optimizer: The live optimizer.
-        group: One of its groups.
-        leaving: The parameters, of which the group holds some.
-    """
+def leave(optimizer: Any, group: Group, leaving: Collection[nn.Parameter]) -> None:
+    """Take parameters out of a group: out of its lists in place, since others may hold them, and with their state."""
     out = set(map(id, leaving))
     if "param_names" in group:
         pairs = zip(group["param_names"], group["params"], strict=True)
@@ -149,34 +199,34 @@ def leave(optimizer: Any, group: dict[str, Any], leaving: Collection[nn.Paramete
             layer.state.pop(parameter, None)
 
 
-def take_out(optimizer: Any, parameters: Iterable[nn.Parameter]) -> Callable[[], None]:
-    """Take parameters out of an optimizer that was made of the whole model: in place, with their state.
-
-    Args:
-        optimizer: The live optimizer.
-        parameters: Those that are to join again in their turn; those in a block's own group stay.
-
-    Returns:
-        A function that puts them back.
-    """
-    out = set(map(id, parameters))
-    lists: list[tuple[list[Any], list[Any]]] = []
+def snapshot(optimizer: Any) -> Callable[[], None]:
+    """What brings groups, parameters and their state back as they are now, all in the objects that hold them."""
+    lists = [optimizer.param_groups, *_rate_lists(optimizer)]
+    lists += [group[key] for group in optimizer.param_groups for key in ("params", "param_names") if key in group]
+    before = [(values, list(values)) for values in lists]
     states = [(layer.state, dict(layer.state)) for layer in layers(optimizer)]
+
+    def restore() -> None:
+        for values, content in before:
+            values[:] = content
+        for state, kept in states:
+            state.clear()
+            state.update(kept)
+
+    return restore
+
+
+def take_out(optimizer: Any, parameters: Iterable[nn.Parameter]) -> Callable[[], None]:
+    """Take parameters out of the user's own groups, in place, with their state; what is returned puts them back."""
+    restore, out = snapshot(optimizer), set(map(id, parameters))
     for group in optimizer.param_groups:
         leaving = [] if BLOCK_KEY in group else [parameter for parameter in group["params"] if id(parameter) in out]
         if leaving:
-            lists += [(group[key], list(group[key])) for key in ("params", "param_names") if key in group]
             leave(optimizer, group, leaving)
+    return restore
 
-    def put_back() -> None:
-        for values, before in lists:
-            values[:] = before
-        for state, content in states:
-            state.clear()
-            state.update(content)
 
-    return put_back
-
+# --- the order of groups
 
 Tag = tuple[str, int] | None
 
@@ -187,15 +237,10 @@ def tag(group: Mapping[str, Any]) -> Tag:
 
 
 def reorder(optimizer: Any, saved: Iterable[Tag]) -> list[int]:
-    """Bring the groups, and what lists keep for them, into a saved run's order, in place.
+    """Bring the groups, and what lists keep for them, into the order of a saved run's tags, in place.
 
-    Args:
-        optimizer: The live optimizer.
-        saved: The tags of its groups then. Groups that they do not know go last, and those that are not here yet, as
-            another unfreezer's, come to their places when that is loaded.
-
-    Returns:
-        The 0-based places that the groups had before, in their new order.
+    Groups that they do not know go last, and those that are not here yet, as another unfreezer's, come to their places
+    when that is loaded. What is returned are the 0-based places that the groups had before, in their new order.
     """
     places: dict[Tag, list[int]] = {}
     for place, group in enumerate(optimizer.param_groups):
@@ -207,52 +252,19 @@ def reorder(optimizer: Any, saved: Iterable[Tag]) -> list[int]:
     return order
 
 
-def take_back(optimizer: Any, size: int, filled: Iterable[dict[str, Any]] = ()) -> None:
-    """Undo `add` and `fill`: no groups from the 0-based place `size` on, and empty ones where there were empty ones."""
-    filled = list(filled)
-    for group in [*optimizer.param_groups[size:], *filled]:
-        for layer in layers(optimizer):
-            for parameter in group["params"]:
-                layer.state.pop(parameter, None)  # what was prepared
-    for group in filled:
-        group["params"].clear()
-        group.get("param_names", []).clear()
-    del optimizer.param_groups[size:]
-    for values in _rate_lists(optimizer):
-        del values[size:]
+# --- what an optimizer keeps beside its groups
 
 
-@cache
-def class_path(cls: Any) -> str:
-    """The full name of a class."""
-    return f"{cls.__module__}.{cls.__qualname__}"
-
-
-def _restart(optimizer: Any, group: dict[str, Any], template: dict[str, Any]) -> None:
-    """Set a group's counters to those of a new optimizer, or to the template's where all groups share them."""
-    defaults = {key: value for layer in layers(optimizer) for key, value in getattr(layer, "defaults", {}).items()}
-    counting = counters(optimizer)
-    source = template if _SHARED in counting else defaults
-    for key in counting:
-        if key in source:
-            group[key] = copy.deepcopy(source[key])
-        else:
-            group.pop(key, None)  # the optimizer makes it when it first meets the group
-
-
-def _rate_lists(optimizer: Any) -> Iterator[list[Any]]:
-    for layer in layers(optimizer):
-        for name in _RATE_LISTS:
-            values = vars(layer).get(name)
-            if isinstance(values, list):
-                yield values
+def _rate_lists(optimizer: Any) -> list[list[Any]]:
+    """Its lists with a learning rate for each group, as AdaBound's."""
+    found = (vars(layer).get("base_lrs") for layer in layers(optimizer))
+    return [values for values in found if isinstance(values, list)]
 
 
 def _prepare(optimizer: Any, parameters: Sequence[nn.Parameter]) -> None:
     """Make what some optimizers keep for each parameter from their construction on, and not for one that joins."""
     for layer in layers(optimizer):
-        prepare = _PREPARE.get(class_path(layer.__class__))
-        if prepare is not None:
+        if prepare := _PREPARE.get(class_path(layer.__class__)):
             prepare(layer, parameters)
 
 

@@ -1,7 +1,6 @@
 """`OptimizerRebuilder`: brings a live optimizer in step with `requires_grad`, in place.
 
-What a sync does with a parameter of a block follows from where the parameter is and what it is. *Reached* are the
-deepest blocks that were unfrozen at some time; a plain `sync()` knows of none.
+What a sync does with a parameter of a block; *reached* are the deepest blocks that were unfrozen at some time:
 
 | in its group | trainable | reached | on_refreeze | what happens                                             |
 | ------------ | --------- | ------- | ----------- | -------------------------------------------------------- |
@@ -12,8 +11,6 @@ deepest blocks that were unfrozen at some time; a plain `sync()` knows of none.
 | no           | no        | yes     | keep        | it joins: a jump passed over the epoch at which it would |
 | no           | no        | yes     | drop        | it stays outside, and its group is made, empty           |
 | no           | no        | no      |             | it stays outside                                         |
-
-All that can be refused is refused before anything is changed.
 """
 
 from __future__ import annotations
@@ -31,10 +28,10 @@ from unfreeze_sched._checks import as_count, as_ratio, listed, one_of, warn
 from unfreeze_sched.model.admission import validate_blocks
 from unfreeze_sched.model.block import Block
 from unfreeze_sched.optimizer import admission, groups, rates
-from unfreeze_sched.optimizer.groups import BLOCK_KEY, SUBSET_KEY
+from unfreeze_sched.optimizer.groups import BLOCK_KEY, SUBSET_KEY, Group
 from unfreeze_sched.optimizer.subsets import Overrides, Subset, subsets_of
 from unfreeze_sched.optimizer.warmup import Warmup
-from unfreeze_sched.optimizer.watch import Accumulation, Claim, FirstStep, Owners, Probe
+from unfreeze_sched.optimizer.watch import Accumulation, Claim, FirstStep, Owners, Probe, StepHooks
 
 OnRefreeze = Literal["keep", "drop"]
 Membership = Literal["late", "declared"]
@@ -63,20 +60,20 @@ UNCHANGED = GroupChange()
 class _Join(NamedTuple):
     subset: Subset  # what joins of it
     template: int  # 0-based index of the group that it is like
-    group: dict[str, Any]  # a new one, or an empty live one that is filled
+    group: Group  # a new one, or an empty live one that is filled
     rate: rates.RateMap | None  # from the template's learning rate to the new group's; None where one is filled
 
 
 class OptimizerRebuilder:
     """Diffs `requires_grad` against a live optimizer, and lets parameters join it in place.
 
-    The optimizer object, its groups and its state stay the same objects; a block that became trainable gets a group of
+    The optimizer, its groups and its state stay the same objects; block i (0-based, shallow to deep) gets a group of
     its own, a clone of the template's with
 
         lr = template lr * learning_rate_scale * layer_decay ** (len(blocks) - 1 - i)
 
-    for block i (0-based, shallow to deep, so that the deepest has exponent 0), and each LR scheduler gets the group's
-    row. The run is then the one in which the parameters had been in the optimizer from the start, frozen.
+    and each LR scheduler the group's row. The run is then the one in which the parameters had been in the optimizer
+    from the start, frozen. All that can be refused is refused before anything is changed.
 
     Args:
         optimizer: The live optimizer; it holds the head's parameters, and none of the blocks'.
@@ -85,18 +82,17 @@ class OptimizerRebuilder:
         learning_rate_scale: In (0, 1], or one for each block, by its name.
         layer_decay: In (0, 1]; 1 gives all blocks the same rate.
         template: 0-based index of the group that joining groups clone.
-        on_refreeze: What becomes of a parameter that is frozen again: `"keep"` leaves it in the optimizer with its
-            state, where no step moves it, `"drop"` takes it out and frees the state.
-        membership: `"late"` adds a block's group when the block joins, `"declared"` adds all groups now, empty, and
-            fills them later.
+        on_refreeze: `"keep"` leaves a parameter that is frozen again in the optimizer with its state, where no step
+            moves it; `"drop"` takes it out and frees the state.
+        membership: `"late"` adds a block's group when the block joins; `"declared"` adds all now, to be filled later.
         no_decay: True puts a block's norm and bias parameters into a second group with `weight_decay=0`; a function of
             name and parameter returns the keys to override, and parameters with equal ones share a group. Such a group
             is like your own first one that has these values already, else like the template.
         warmup_steps: Optimizer steps over which a joining group's learning rate rises linearly, step i (0-based) at
             `(i + 1) / warmup_steps` of its own; no LR scheduler sees it.
-        probe: Before the first step after parameters joined, `"ranks"` and `"local"` warn of those that no gradient
-            reached, and `"ranks"` also raises where their gradients differ across the ranks of a process group, as
-            under a DDP that does not cover them; `"off"` does neither.
+        probe: Of the gradients at the first step after parameters joined: `"ranks"` and `"local"` warn where none came,
+            `"ranks"` also raises where they differ across the ranks of a process group, as under a DDP that does not
+            cover them; `"off"` does neither.
 
     Raises:
         TypeError: An argument of the wrong type, or a scheduler of an unknown class.
@@ -139,27 +135,27 @@ class OptimizerRebuilder:
             )
         self.optimizer = optimizer
         self.lr_schedulers = lr_schedulers
-        self._first_schedulers = lr_schedulers if membership == "late" else None
         self.on_refreeze: OnRefreeze = one_of(on_refreeze, "on_refreeze", get_args(OnRefreeze))
         self.membership: Membership = one_of(membership, "membership", get_args(Membership))
+        late = membership == "late"
+        self._first_schedulers = lr_schedulers if late else None
         keeps = "1 keeps the template's learning rate"
         self.scales = _scales(learning_rate_scale, [block.name for block in self.blocks], keeps)
         decay = as_ratio(layer_decay, "layer_decay", fix=keeps)
-        total = len(self.blocks)
-        self._ratios = [scale * decay ** (total - 1 - index) for index, scale in enumerate(self.scales)]
+        ratios = [scale * decay**depth for depth, scale in enumerate(reversed(self.scales))][::-1]
         template = as_count(template, "template", minimum=0, fix="0 is the head's group")
-        admission.refuse_template(optimizer, template)
+        admission.refuse_optimizer(optimizer, template, ratios, late=late, drops=on_refreeze == "drop")
         self._template = optimizer.param_groups[template]["params"]  # the list, which stays when groups are loaded
-        late = membership == "late"
-        admission.refuse_optimizer(optimizer, template, self._ratios, late=late, drops=on_refreeze == "drop")
         keys = optimizer.param_groups[template].keys()
-        self.subsets = [subsets_of(index, block, no_decay, keys) for index, block in enumerate(self.blocks)]
-        admission.refuse_members(optimizer, self.blocks)
+        self.subsets = [
+            subsets_of(index, block, ratios[index], no_decay, keys) for index, block in enumerate(self.blocks)
+        ]
         stepping = groups.innermost(optimizer)
-        admission.refuse_taken_names(Claim.of_others(stepping), self.blocks)
+        claims = StepHooks.on(stepping).of_kind(Claim)
+        admission.refuse_members(optimizer, self.blocks, [block for claim in claims for block in claim.blocks])
         self._admitted: set[Hashable] = set()
         self._warned = False
-        for subset in chain.from_iterable(self.subsets):
+        for subset in self._subsets():
             with suppress(ValueError):  # what does not fit is refused when it joins, if it ever does
                 like = optimizer.param_groups[self._template_of(subset)]
                 admission.refuse_unfit(optimizer, like, subset.samples, self._admitted)
@@ -167,9 +163,9 @@ class OptimizerRebuilder:
         admission.refuse_warmup(optimizer, warmup_steps, template)
         one_of(probe, "probe", get_args(Probe))
         admission.refuse_schedulers(optimizer, lr_schedulers)
-        declared = [] if late else [self._join(subset.only(()), None) for subset in self._subsets(self._all())]
+        if not late:
+            self._carry_out([self._join(subset.only(()), None) for subset in self._subsets()])
         # Nothing is refused from here on, so that no hook of a refused rebuilder stays behind.
-        self._carry_out(declared)
         self.claim = Claim(stepping, self.blocks)
         self.owners = Owners(self.blocks)
         self.accumulation = Accumulation.on(stepping)
@@ -187,43 +183,40 @@ class OptimizerRebuilder:
             RuntimeError: The model no longer holds a part of a block, the optimizer not the template's group, or an
                 accumulation is not over; likewise.
         """
-        return self.sync_blocks(self._all())
+        return self.sync_blocks(range(len(self.blocks))[::-1])
 
     def sync_blocks(self, indices: Sequence[int], reached: int = 0, flipped: Iterable[int] = ()) -> GroupChange:
-        """As `sync`, for some of the blocks.
+        """As `sync`, for the blocks of these 0-based indices, deepest first.
 
-        Args:
-            indices: 0-based indices of the blocks, deepest first.
-            reached: Number of blocks, from the deep end, that were unfrozen at some time.
-            flipped: Indices of the blocks whose `requires_grad` has just changed; the next step is to find gradients
-                for what is trainable of them.
+        `reached` is the number of blocks, from the deep end, that were unfrozen at some time; `flipped` are those whose
+        `requires_grad` has just changed: the next step is to find gradients for what is trainable of them.
         """
         if not self.owners.are_whole(indices):
-            for index in indices:
-                admission.refuse_replaced(self.owners.replaced(index))
-                named = chain.from_iterable(subset.named for subset in self.subsets[index])
-                admission.refuse_orphans(self.owners.orphans(index, named))
-            admission.refuse_replaced(self.owners.gone())
+            self.owners.refuse_changes(indices)
         joining, leaving = self._diff(indices, reached)
         changed = {*flipped, *(subset.block for subset, _ in joining)}
         if not changed and not leaving:
             return UNCHANGED
         if self.accumulation.is_pending():
-            admission.refuse_pending()
+            raise RuntimeError(
+                "`optimizer` must have used its gradients before blocks join, got an accumulation that is not over; "
+                "call optimizer.step() and optimizer.zero_grad() first, or zero_grad() alone to give it up, as for a "
+                "GAN's discriminator, in which the generator's loss leaves gradients"
+            )
         if any(empty is None for _, empty in joining):
             admission.refuse_schedulers(self.optimizer, self.lr_schedulers)
         joins = [self._join(subset, empty) for subset, empty in joining]
         self._carry_out(joins)
         if self._warmup:
             self._warmup.begin(join.group for join in joins if join.group["params"])
-        for left in leaving:
-            for group in self._groups_of(left):
+        for left, own in leaving:
+            for group in own:
                 groups.leave(self.optimizer, group, left.parameters)
         for subset in self._subsets(sorted(changed)):  # in the same order on all ranks
             self.first_step.watch(subset.named)
         return GroupChange(
             tuple(chain.from_iterable(subset.names for subset, _ in joining)),
-            tuple(chain.from_iterable(left.names for left in leaving)),
+            tuple(chain.from_iterable(left.names for left, _ in leaving)),
         )
 
     def warn_of_lost_ratios(self) -> None:
@@ -249,20 +242,24 @@ class OptimizerRebuilder:
         """Warn once of an LR scheduler under which a join will be refused when training is under way."""
         if self.membership == "declared" or self._warned or not self.lr_schedulers:
             return
-        for subset in self._subsets(self._all()):
-            index, ratio = self._template_of(subset), self._ratios[subset.block]
-            template = self.optimizer.param_groups[index]
-            if floored := rates.foreseen(self.lr_schedulers, template, index, ratio):
+        for subset in self._subsets():
+            index = self._template_of(subset)
+            if found := rates.foreseen(self.lr_schedulers, self.optimizer.param_groups[index], index, subset.ratio):
                 self._warned = True
-                admission.warn_of_floor(floored.scheduler, floored.floor)
+                scheduler, floor = found
+                warn(
+                    f"`lr_schedulers` should have no floor where blocks join late, got a {type(scheduler).__name__} "
+                    f"with one, or a least step, of {floor:g}: once it has played a part, a transition is refused; set "
+                    "it to 0, pass learning_rate_scale=1.0, or membership='declared' before the scheduler's first step"
+                )
                 return
 
-    def shares(self) -> Iterator[tuple[dict[str, Any], dict[str, Any], float]]:
+    def shares(self) -> Iterator[tuple[Group, Group, float]]:
         """Each live group of a block, its template's, and the ratio of their learning rates."""
-        subsets = {(self.blocks[subset.block].name, subset.number): subset for subset in self._subsets(self._all())}
+        subsets: dict[groups.Tag, Subset] = {subset.tag: subset for subset in self._subsets()}
         for group in self.optimizer.param_groups:
-            if (known := groups.tag(group)) and (subset := subsets.get(known)):
-                yield group, self.optimizer.param_groups[self._template_of(subset)], self._ratios[subset.block]
+            if subset := subsets.get(groups.tag(group)):
+                yield group, self.optimizer.param_groups[self._template_of(subset)], subset.ratio
 
     def learning_rates(self) -> dict[str, float]:
         """The learning rate of each block's group now, by the block's name."""
@@ -281,113 +278,92 @@ class OptimizerRebuilder:
         """Bring groups and rows into a saved run's order, of which `order` told; an optimizer's state goes by place."""
         order = groups.reorder(self.optimizer, saved)
         if order != sorted(order):  # else no row moves, and one that lacks the entry of a later group is left alone
-            for scheduler in self.lr_schedulers or ():
-                rates.reorder(scheduler, order)
+            rates.reorder(self.lr_schedulers, order)
 
-    def _all(self) -> range:
-        return range(len(self.blocks) - 1, -1, -1)
-
-    def _subsets(self, indices: Iterable[int]) -> Iterable[Subset]:
-        return chain.from_iterable(self.subsets[index] for index in indices)
+    def _subsets(self, indices: Iterable[int] | None = None) -> Iterable[Subset]:
+        """Those of some blocks, or of all, deepest first."""
+        chosen = self.subsets[::-1] if indices is None else [self.subsets[index] for index in indices]
+        return chain.from_iterable(chosen)
 
     def _diff(
         self, indices: Sequence[int], reached: int
-    ) -> tuple[list[tuple[Subset, dict[str, Any] | None]], list[Subset]]:
-        """What joins, each with the empty group that waits for it, and what leaves: the table above."""
-        joining: list[tuple[Subset, dict[str, Any] | None]] = []
-        leaving: list[Subset] = []
+    ) -> tuple[list[tuple[Subset, Group | None]], list[tuple[Subset, list[Group]]]]:
+        """What joins, each with the empty group that waits for it, and what leaves which groups: the table above."""
+        joining: list[tuple[Subset, Group | None]] = []
+        leaving: list[tuple[Subset, list[Group]]] = []
         keep = self.on_refreeze == "keep"
+        live: dict[Any, list[Group]] = {}  # by their tags, since loading a state dict replaces the groups
+        for group in self.optimizer.param_groups:
+            live.setdefault((group.get(BLOCK_KEY), group.get(SUBSET_KEY, 0)), []).append(group)
         for subset in self._subsets(indices):
-            own = self._groups_of(subset)
+            own = live.get(subset.tag, [])
             # By identity: a comparison by value would take a fresh layer for its twin.
             inside = {id(parameter) for group in own for parameter in group["params"]}
             was_reached = subset.block >= len(self.blocks) - reached
-            joins = subset
-            if inside or not (keep and was_reached):
+            any_joins, joins = keep and was_reached, subset
+            if inside or not any_joins:  # else all of it joins, and nobody has to look
                 joins = subset.only(
-                    (name, parameter)
-                    for name, parameter in subset.named
-                    if id(parameter) not in inside and (parameter.requires_grad or (was_reached and keep))
+                    (n, p) for n, p in subset.named if id(p) not in inside and (p.requires_grad or any_joins)
                 )
             if joins.named or (was_reached and not own):
                 joining.append((joins, next((group for group in own if not group["params"]), None)))
             if inside and not keep:
                 left = subset.only((n, p) for n, p in subset.named if not p.requires_grad and id(p) in inside)
                 if left.named:
-                    leaving.append(left)
+                    leaving.append((left, own))
         return joining, leaving
-
-    def _groups_of(self, subset: Subset) -> list[dict[str, Any]]:
-        """The live groups of a subset, found by their tags, since loading a state dict replaces them."""
-        name = self.blocks[subset.block].name
-        return [
-            group
-            for group in self.optimizer.param_groups
-            if group.get(BLOCK_KEY) == name and group.get(SUBSET_KEY, 0) == subset.number
-        ]
-
-    def _join(self, subset: Subset, empty: dict[str, Any] | None) -> _Join:
-        """How a subset joins: into the empty group that waits for it, else in a clone of its template."""
-        index = self._template_of(subset)
-        template, ratio = self.optimizer.param_groups[index], self._ratios[subset.block]
-        admission.refuse_unfit(self.optimizer, template, subset.samples, self._admitted)
-        if empty is not None:
-            return _Join(subset, index, empty, None)
-        rate = rates.joining_rate(self.lr_schedulers or (), template, index, ratio)
-        if isinstance(rate, rates.Foreign):
-            admission.refuse_foreign_rate(rate.found, rate.reported)
-        if isinstance(rate, rates.Floored):
-            admission.refuse_floor(rate.scheduler, rate.floor, ratio)
-        return _Join(subset, index, self._clone(subset, template, ratio, rate), rate)
 
     def _template_of(self, subset: Subset) -> int:
         """The user's own group that has the overrides already, as a head without decay may; else the template."""
-        if subset.overrides:
-            for index, group in enumerate(self.optimizer.param_groups):
-                if BLOCK_KEY not in group and all(group.get(key) == value for key, value in subset.overrides.items()):
-                    return index
-        places = (i for i, group in enumerate(self.optimizer.param_groups) if group["params"] is self._template)
-        if (place := next(places, None)) is None:
-            admission.refuse_lost_template()
-        return place
+        for index, group in enumerate(self.optimizer.param_groups if subset.overrides else ()):
+            if BLOCK_KEY not in group and all(group.get(key) == value for key, value in subset.overrides.items()):
+                return index
+        for index, group in enumerate(self.optimizer.param_groups):
+            if group["params"] is self._template:
+                return index
+        raise RuntimeError(
+            "`template` must be a group of the optimizer, got one that was taken out; make the unfreezer after that"
+        )
 
-    def _clone(self, subset: Subset, template: dict[str, Any], ratio: float, rate: rates.RateMap) -> dict[str, Any]:
-        """A group like the live template: `add_param_group` alone would fill in the constructor's defaults instead."""
+    def _join(self, subset: Subset, empty: Group | None) -> _Join:
+        """How a subset joins: into the empty group that waits for it, else in a group like the live template.
+
+        `add_param_group` alone would fill in the constructor's defaults instead.
+        """
+        index = self._template_of(subset)
+        template, ratio = self.optimizer.param_groups[index], subset.ratio
+        admission.refuse_unfit(self.optimizer, template, subset.samples, self._admitted)
+        if empty is not None:
+            return _Join(subset, index, empty, None)
+        rate = rates.joining_rate(self.lr_schedulers, template, index, ratio)
         group = groups.group_like(self.optimizer, template)
         # A loop that sets the rates itself multiplies by `lr_scale`, as MAE's and BEiT's do.
-        for key in ("lr_scale",) if self.lr_schedulers is None else rates.scaled_keys(self.lr_schedulers):
-            if key in group:
-                group[key] = group[key] * ratio
+        keys = ("lr_scale",) if self.lr_schedulers is None else rates.scaled_keys(self.lr_schedulers)
+        group |= {key: group[key] * ratio for key in keys if key in group}
         if template.get("lr") is not None:
             group["lr"] = rate(template["lr"])
-        name = self.blocks[subset.block].name
-        group |= {**copy.deepcopy(subset.overrides), BLOCK_KEY: name}
-        if subset.number:
-            group[SUBSET_KEY] = subset.number
+        name, number = subset.tag
+        group |= {**copy.deepcopy(subset.overrides), BLOCK_KEY: name, **({SUBSET_KEY: number} if number else {})}
         if "name" in group:  # loggers tell groups apart by it
-            group["name"] = f"{name}.{subset.number}" if subset.number else name
+            group["name"] = f"{name}.{number}" if number else name
         if "param_names" in template:
             group["param_names"] = list(subset.names)
         group["params"] = list(subset.parameters)
-        return group
+        return _Join(subset, index, group, rate)
 
     def _carry_out(self, joins: Sequence[_Join]) -> None:
         """Let groups join optimizer and schedulers, and parameters join empty groups: all or none."""
-        optimizer, schedulers = self.optimizer, self.lr_schedulers or ()
-        size = len(optimizer.param_groups)
+        optimizer, restore = self.optimizer, groups.snapshot(self.optimizer)
         try:
             for subset, template, group, rate in joins:
                 if rate is None:
                     groups.fill(optimizer, group, template, subset.parameters, subset.names)
                     continue
-                ratio = self._ratios[subset.block]
-                groups.add(optimizer, group, template, ratio)
-                for scheduler in schedulers:
-                    rates.join(scheduler, optimizer.param_groups, template, ratio, rate)
+                groups.add(optimizer, group, template, subset.ratio)
+                rates.join(self.lr_schedulers, optimizer.param_groups, template, subset.ratio, rate)
         except BaseException:  # an interrupt would leave the schedulers a row short for good
-            groups.take_back(optimizer, size, [join.group for join in joins if join.rate is None])
-            for scheduler in schedulers:
-                rates.leave(scheduler, size)
+            restore()
+            rates.leave(self.lr_schedulers, len(optimizer.param_groups))
             raise
 
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from unfreeze_sched.optimizer.admission import refuse_captured
 from unfreeze_sched.optimizer.watch import Watcher
 
 WARMUP_KEY = "unfreeze_warmup"
@@ -24,10 +23,6 @@ class Warmup(Watcher):
 
     A fresh Adam state otherwise begins with sign-like steps of full size. The rate is lowered when a step begins and is
     the scheduler's own again, to the bit, when it ends.
-
-    Args:
-        optimizer: The live optimizer, or what is innermost of its wrappers.
-        steps: k, at least 1.
     """
 
     def __init__(self, optimizer: Optimizer, steps: int) -> None:
@@ -41,34 +36,38 @@ class Warmup(Watcher):
             group[WARMUP_KEY] = [0, self.steps]
             self.stay()
 
-    def before_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before_step(self) -> None:
         """Lower the rates of all groups that warm up, whichever rebuilder began it: two would lower them twice."""
-        del args, kwargs
         if self.hooks.first(Warmup) is not self:
             return
         self._restore_rates()  # a step that failed has not done so
         for group in self._optimizer.param_groups:
             taken, total = group.get(WARMUP_KEY, (0, 0))
-            if taken < total:
-                if not torch.compiler.is_compiling() and _is_captured():
-                    self._restore_rates()
-                    refuse_captured(total - taken)
-                rate = group["lr"]
-                if isinstance(rate, Tensor):
-                    self._own.append((group, rate.clone()))
-                    rate.mul_((taken + 1) / total)
-                else:
-                    self._own.append((group, rate))
-                    group["lr"] = rate * ((taken + 1) / total)
+            if taken >= total:
+                continue
+            # Without CUDA torch raises where it is asked.
+            may_ask = not torch.compiler.is_compiling() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+            if may_ask and torch.cuda.is_current_stream_capturing():
+                self._restore_rates()
+                raise RuntimeError(
+                    f"`warmup_steps` must be over before a step is captured in a CUDA graph, got {total - taken} left, "
+                    "at lowered rates that each replay would use; run them uncaptured, then capture"
+                )
+            rate, share = group["lr"], (taken + 1) / total
+            if isinstance(rate, Tensor):
+                self._own.append((group, rate.clone()))
+                rate.mul_(share)
+            else:
+                self._own.append((group, rate))
+                group["lr"] = rate * share
         if not self._own:
             self.hooks.busy -= {watcher for watcher in self.hooks.busy if isinstance(watcher, Warmup)}
 
     def after_step(self) -> None:
         """Give the rates back, and count the step."""
         # A fused step is told by GradScaler to change nothing, where another one is not called at all.
-        overflow = getattr(self._optimizer, "found_inf", None)
-        if self._own and (overflow is None or not overflow):
-            for group, _rate in self._own:
+        if self._own and not getattr(self._optimizer, "found_inf", None):
+            for group, _ in self._own:
                 taken, total = group[WARMUP_KEY]
                 group[WARMUP_KEY] = [taken + 1, total]
         self._restore_rates()
@@ -80,8 +79,3 @@ class Warmup(Watcher):
             else:
                 group["lr"] = rate
         self._own.clear()
-
-
-def _is_captured() -> bool:
-    """Whether a CUDA graph is being captured; without CUDA torch raises where it is asked."""
-    return bool(torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())  # type: ignore[no-untyped-call]

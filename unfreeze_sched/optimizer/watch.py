@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain, zip_longest
+from itertools import chain, islice, zip_longest
 from operator import is_
 from typing import Any, ClassVar, Literal, TypeVar
 from weakref import WeakKeyDictionary, ref
@@ -20,12 +20,10 @@ from unfreeze_sched import parallel
 from unfreeze_sched._checks import listed, warn
 from unfreeze_sched.model.admission import gone
 from unfreeze_sched.model.block import Block, Named
-from unfreeze_sched.optimizer.admission import refuse_differing, refuse_order
 from unfreeze_sched.optimizer.groups import tag
 
 Probe = Literal["ranks", "local", "off"]
 
-_Held = tuple[Mapping[str, Any], tuple[nn.Parameter | None, ...]]  # a module's own parameters: the dict, and its values
 _Used = tuple[TensorWeakRef, int]  # a gradient, which it does not keep, and torch's count of its changes
 _SHOWN = 10
 _WITNESSES = 4
@@ -36,111 +34,112 @@ _RELATIVE_TOLERANCE = 1e-9
 
 
 class Owners:
-    """Notices a parameter that its block's modules no longer hold, such as after `load_state_dict(assign=True)`.
+    """Notices a part of a block that is not where it was, such as a parameter after `load_state_dict(assign=True)`.
 
     The optimizer would go on to train the old tensor, and the model would stand still. So it would where the model has
     something else in a member's place, which only blocks that know their model can tell.
 
-    Args:
-        blocks: The blocks, shallow to deep.
-
     Example:
         >>> layer = nn.Linear(2, 2)
-        >>> owners, named = Owners([Block("first", layer)]), list(layer.named_parameters())
+        >>> owners = Owners([Block("first", layer)])
         >>> layer.weight = nn.Parameter(layer.weight.detach().clone())
-        >>> owners.are_in_place(), owners.orphans(0, named)
-        (False, ['weight'])
+        >>> owners.are_in_place(), owners.are_whole([0])
+        (False, False)
     """
 
     def __init__(self, blocks: Sequence[Block]) -> None:
         self._blocks = blocks
-        self._held = [_held(block) for block in blocks]
-        self._inside = [
-            [(module, dict(module._modules)) for module in block.modules() if module._modules]  # noqa: SLF001  # no public name
+        self._named = [tuple(block.named_parameters()) for block in blocks]
+        # Where something lies within a block: the module's prefix, the table, and what was in it.
+        self._held = [
+            [(prefix, table, dict(table)) for prefix, m in block.module_prefixes() for table in _tables(m) if table]
             for block in blocks
         ]
-        self._firsts = [first for held in self._held if (first := _first(held))]
-        self._places = _places(blocks)
+        self._firsts: list[tuple[dict[str, Any], str, Any]] = []
+        for held in self._held:
+            own = (
+                (table, *item) for _, table, was in held for item in was.items() if isinstance(item[1], nn.Parameter)
+            )
+            self._firsts += islice(own, 1)
+        self._ways = _ways(blocks)
 
     def are_in_place(self) -> bool:
         """Whether each block still holds the first of its parameters: cheap, and what replaces one replaces all."""
-        return all(parameters.get(key) is parameter for parameters, key, parameter in self._firsts)
+        return all(table.get(key) is part for table, key, part in self._firsts)
 
     def are_whole(self, indices: Iterable[int]) -> bool:
-        """Whether these blocks' modules hold the modules and parameters that they held, and the model all its blocks.
+        """Whether the blocks of these 0-based indices hold all that they held, and the model all its blocks.
 
         Tables are compared in one go each, without a loop in Python, since each transition asks it of all modules.
-
-        Args:
-            indices: 0-based indices of the blocks to look at.
         """
-        return all(getattr(module, table).get(key) is part for module, table, key, part in self._places) and all(
-            all(module._modules == was for module, was in self._inside[index])  # noqa: SLF001  # likewise
-            and all(len(own) == len(was) and all(map(is_, own.values(), was)) for own, was in self._held[index])
+        return all(table.get(key) is part for table, key, part in self._ways) and all(
+            len(table) == len(was) and all(map(is_, table.values(), was.values()))
             for index in indices
+            for _, table, was in self._held[index]
         )
 
-    def replaced(self, index: int) -> list[str]:
-        """The names of modules that lie where others lay, as after `convert_sync_batchnorm`, which keeps parameters."""
-        prefixes = {module: prefix for prefix, module in self._blocks[index].module_prefixes()}
-        return [
-            prefixes.get(module, "") + key
-            for module, was in self._inside[index]
-            for key in {**was, **module._modules}  # noqa: SLF001  # likewise
-            if not _is_or_wraps(module._modules.get(key), was.get(key))  # noqa: SLF001  # likewise
-        ]
+    def refuse_changes(self, indices: Iterable[int]) -> None:
+        """Refuse blocks that are not whole, by the names of what was replaced, or is held no more."""
+        for index in indices:
+            places = (
+                (prefix + key, table.get(key), was.get(key))
+                for prefix, table, was in self._held[index]
+                for key in {**was, **table}
+            )
+            _refuse_replaced([name for name, part, was in places if not _is_or_wraps(part, was)])
+            inside = set(map(id, self._blocks[index].parameters()))  # a parametrization keeps its deeper
+            if orphans := [name for name, parameter in self._named[index] if id(parameter) not in inside]:
+                raise RuntimeError(
+                    f"`blocks` must hold the parameters that they were given with, got {listed(orphans)} in none of "
+                    "its modules any more (replaced, as by load_state_dict(assign=True), to_empty, weight_norm or "
+                    "fully_shard); make optimizer and unfreezer after that"
+                )
+        _refuse_replaced(gone(self._blocks))
 
-    def gone(self) -> list[str]:
-        """The names of members that the model does not hold any more."""
-        return gone(self._blocks)
 
-    def orphans(self, index: int, named: Iterable[Named]) -> list[str]:
-        """The names of parameters that the block holds no more; a parametrization keeps its in another module."""
-        inside = set(map(id, self._blocks[index].parameters()))
-        return [name for name, parameter in named if id(parameter) not in inside]
+def _tables(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Where a module's own children and parameters lie."""
+    return module._modules, module._parameters  # noqa: SLF001  # no public name
 
 
-def _places(blocks: Iterable[Block]) -> list[tuple[nn.Module, str, str, Any]]:
-    """What leads from the blocks' model to their members: a module, its table, the key, and what lies there."""
-    found: dict[Any, tuple[nn.Module, str, str]] = {}
+def _ways(blocks: Iterable[Block]) -> list[tuple[dict[str, Any], str, Any]]:
+    """What leads from the blocks' model to their members: a table, the key, and what lies there."""
+    ways: list[tuple[dict[str, Any], str, Any]] = []
     for root in dict.fromkeys(block.root for block in blocks if block.root is not None):
-        above: dict[Any, tuple[nn.Module, str, str]] = {}
-        for module in root.modules():
-            for table in ("_modules", "_parameters"):
-                for key, part in getattr(module, table).items():
-                    above.setdefault(part, (module, table, key))  # the first, so that no way up is a circle
+        names: dict[Any, str] = {part: name for name, part in (*root.named_modules(), *root.named_parameters())}
         for member in chain.from_iterable(block.members for block in blocks if block.root is root):
-            place: Any = member
-            while place is not root and place not in found:
-                found[place] = above.get(place, (root, "_modules", ""))  # where nothing is: it is gone already
-                place = found[place][0]
-    return [(*place, part) for part, place in found.items()]
+            if member not in names:  # it is gone already
+                ways.append(({}, "", member))
+                continue
+            place: Any = root
+            for key in filter(None, names[member].split(".")):
+                table = next(table for table in _tables(place) if key in table)
+                ways.append((table, key, table[key]))
+                place = table[key]
+    return ways
 
 
-def _is_or_wraps(module: nn.Module | None, was: nn.Module | None) -> bool:
+def _is_or_wraps(part: Any, was: Any) -> bool:
     """Whether a module is what it was, or wraps that alone, as `torch.compile` and `checkpoint_wrapper` do."""
-    if module is None or was is None or module is was:
-        return module is was
-    return was in set(module.modules()) and set(module.parameters()) == set(was.parameters())
+    are_modules = isinstance(part, nn.Module), isinstance(was, nn.Module)
+    if part is was or not any(are_modules):  # a parameter may lie deeper now
+        return True
+    return all(are_modules) and was in set(part.modules()) and set(part.parameters()) == set(was.parameters())
 
 
-def _held(block: Block) -> list[_Held]:
-    held = (module._parameters for module in block.modules())  # noqa: SLF001  # without its children's
-    return [(parameters, tuple(parameters.values())) for parameters in held if parameters]
-
-
-def _first(held: Iterable[_Held]) -> tuple[Mapping[str, Any], str, nn.Parameter] | None:
-    """The first parameter that a module holds, with its place."""
-    return next(
-        ((own, key, parameter) for own, _ in held for key, parameter in own.items() if parameter is not None), None
-    )
+def _refuse_replaced(names: Sequence[str]) -> None:
+    """Refuse members in whose places others lie: what is trained and held in evaluation would be the old ones."""
+    if names:
+        raise RuntimeError(
+            f"`blocks` must hold the parts that they were given with, got {listed(names)} replaced (as by assigning "
+            "a layer, convert_sync_batchnorm or quantization); make optimizer, blocks and unfreezer after that"
+        )
 
 
 class Watcher:
-    """Something that looks on as an optimizer steps; it lives as long as who made it, in copies and pickles too.
+    """Something that looks on as an optimizer steps, the innermost of its wrappers.
 
-    Args:
-        optimizer: The live optimizer, or what is innermost of its wrappers.
+    It lives as long as who made it, in copies and pickles too.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -150,7 +149,7 @@ class Watcher:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """In a copy: an optimizer leaves its hooks behind."""
         self.__dict__.update(state)
-        Watcher.__init__(self, self._optimizer)
+        self.hooks.add(self, self._optimizer)
 
     @property
     def hooks(self) -> StepHooks:
@@ -161,8 +160,12 @@ class Watcher:
         """Look on when its maker is let go, too."""
         self.hooks.busy.add(self)
 
-    def before_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A step begins; what is returned takes the place of its arguments, unless it is None."""
+    def gradients(self) -> Iterator[Tensor]:
+        """Those of all that the optimizer holds."""
+        return (p.grad for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None)
+
+    def before_step(self) -> None:
+        """A step begins."""
 
     def after_step(self) -> None:
         """A step has ended."""
@@ -182,12 +185,13 @@ class StepHooks:
         self._watchers: list[ref[Watcher]] = []
         self._handles: list[Any] = []
         self._in_step = False
+        self.has_closure = False  # in the present step, or the last one
 
     @classmethod
     def on(cls, optimizer: Optimizer) -> StepHooks:
         """Those of an optimizer; new ones, where nobody looks on, last as long as somebody does."""
         known = cls._of.get(optimizer)
-        hooks = None if known is None else known()
+        hooks = known() if known else None
         if hooks is None:
             hooks = cls()
             cls._of[optimizer] = ref(hooks)
@@ -197,46 +201,45 @@ class StepHooks:
         """Let a watcher look on, which is not kept alive for it."""
         self._watchers.append(ref(watcher, self._forget))
         if not self._handles:
-            self._handles.append(optimizer.register_step_pre_hook(self._before_step))
-            self._handles.append(optimizer.register_step_post_hook(self._after_step))
-            self._handles.append(optimizer.register_load_state_dict_pre_hook(self._before_load))
-
-    def of_kind(self, kind: type[_Kind]) -> Iterator[_Kind]:
-        """Those of a kind."""
-        return (watcher for watcher in self._live() if isinstance(watcher, kind))
-
-    def first(self, kind: type[Watcher]) -> Watcher | None:
-        """The first of a kind, which does for all what must not be done twice."""
-        return next(self.of_kind(kind), None)
+            self._handles = [
+                optimizer.register_step_pre_hook(self._before_step),
+                optimizer.register_step_post_hook(self._after_step),
+                optimizer.register_load_state_dict_pre_hook(_refuse_order),
+            ]
 
     def _forget(self, gone: ref[Watcher]) -> None:
         self._watchers.remove(gone)
         while not self._watchers and self._handles and not self._in_step:
             self._handles.pop().remove()
 
-    def _before_step(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._in_step, given = True, None
-        for watcher in self._live():
-            changed = watcher.before_step(args, kwargs)
-            if changed is not None:
-                given = args, kwargs = changed
-        return given
+    def of_kind(self, kind: type[_Kind]) -> Iterator[_Kind]:
+        """The watchers of a kind."""
+        return (watcher for known in tuple(self._watchers) if isinstance(watcher := known(), kind))
+
+    def first(self, kind: type[_Kind]) -> _Kind | None:
+        """The first of a kind, which does for all what must not be done twice."""
+        return next(self.of_kind(kind), None)
+
+    def _before_step(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._in_step, self.has_closure = True, any(value is not None for value in (*args[1:2], kwargs.get("closure")))
+        for watcher in self.of_kind(Watcher):
+            watcher.before_step()
 
     def _after_step(self, *_: Any) -> None:
-        for watcher in self._live():
+        for watcher in self.of_kind(Watcher):
             watcher.after_step()
         self._in_step = False
 
-    @staticmethod
-    def _before_load(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
-        """A state is loaded by place: refuse one of other groups of blocks, of which no place would tell."""
-        saved, live = list(map(tag, state_dict["param_groups"])), list(map(tag, optimizer.param_groups))
-        differing = [pair for pair in zip_longest(saved, live) if pair[0] != pair[1]]
-        if names := [str(known[0]) for pair in differing for known in pair if known is not None]:
-            refuse_order(list(dict.fromkeys(names)))
 
-    def _live(self) -> Iterator[Watcher]:
-        return (watcher for reference in tuple(self._watchers) if (watcher := reference()) is not None)
+def _refuse_order(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
+    """Refuse a saved state of other groups of blocks: it is loaded by place, of which no place would tell."""
+    saved, live = list(map(tag, state_dict["param_groups"])), list(map(tag, optimizer.param_groups))
+    differing = [pair for pair in zip_longest(saved, live) if pair[0] != pair[1]]
+    if names := dict.fromkeys(str(known[0]) for pair in differing for known in pair if known is not None):
+        raise ValueError(
+            f"`optimizer` must have the saved run's groups when its state is loaded, got {listed(list(names))} in "
+            "another place or in none; load the unfreezer first, then the LR schedulers, then the optimizer"
+        )
 
 
 class Claim(Watcher):
@@ -246,20 +249,14 @@ class Claim(Watcher):
         super().__init__(optimizer)
         self.blocks = blocks
 
-    @classmethod
-    def of_others(cls, optimizer: Optimizer) -> list[Block]:
-        """All blocks that are claimed."""
-        return [block for claim in StepHooks.on(optimizer).of_kind(cls) for block in claim.blocks]
-
 
 class Unapplied(Watcher):
     """Warns, once, where an optimizer steps before the unfreezer was applied: let go of it when it is."""
 
     has_warned = False
 
-    def before_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before_step(self) -> None:
         """Warn at the first step."""
-        del args, kwargs
         if not self.has_warned:
             self.has_warned = True
             warn(
@@ -274,9 +271,6 @@ class Accumulation(Watcher):
     A transition in its middle would let the joining parameters see a part of the gradient alone. That a gradient is
     there says nothing: many loops clear it before the backward pass, not after the step. But each backward pass changes
     the gradients that it reaches, so a handful of parameters are witnesses, spread over all groups.
-
-    Args:
-        optimizer: The live optimizer, or what is innermost of its wrappers.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -292,20 +286,20 @@ class Accumulation(Watcher):
     @classmethod
     def on(cls, optimizer: Optimizer) -> Accumulation:
         """The one of an optimizer, for all that change it: a later one is to know of the steps before."""
-        return next(StepHooks.on(optimizer).of_kind(cls), None) or cls(optimizer)
+        return StepHooks.on(optimizer).first(cls) or cls(optimizer)
 
     def is_pending(self) -> bool:
         """Whether there are gradients that no step has used."""
         if any(self._used):
-            pairs = zip(self._witnesses, self._used, strict=True)
-            unused = [p.grad for p, used in pairs if p.grad is not None and not _is_as_it_was(p.grad, used)]
+            now = zip((p.grad for p in self._witnesses), self._used, strict=True)
+            unused = [g for g, used in now if g is not None and not (used and g is used[0]() and g._version == used[1])]  # noqa: SLF001  # likewise
         else:  # the last step found no gradient at all
-            unused = list(self._gradients())
+            unused = list(self.gradients())
         # They are zero after zero_grad(set_to_none=False).
         if not any(_numbers(gradient).count_nonzero() for gradient in unused):
             return False
         # A step that GradScaler left out, since a gradient overflowed, has used them as well.
-        return all(bool(torch.isfinite(_numbers(gradient)).all()) for gradient in self._gradients())
+        return all(bool(torch.isfinite(_numbers(gradient)).all()) for gradient in self.gradients())
 
     def after_step(self) -> None:
         """Note the gradients that it has used."""
@@ -330,13 +324,6 @@ class Accumulation(Watcher):
         gradients = [parameter.grad for parameter in self._witnesses]
         return [None if g is None else (TensorWeakRef(g), g._version) for g in gradients]  # noqa: SLF001  # no public name
 
-    def _gradients(self) -> Iterator[Tensor]:
-        return (p.grad for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None)
-
-
-def _is_as_it_was(gradient: Tensor, used: _Used | None) -> bool:
-    return used is not None and gradient is used[0]() and gradient._version == used[1]  # noqa: SLF001  # likewise
-
 
 def _numbers(gradient: Tensor) -> Tensor:
     """The numbers that a gradient holds, as torch can count them: a sparse one's, float8 as float, on meta none."""
@@ -352,11 +339,8 @@ class FirstStep(Watcher):
     """Looks at the gradients of newly trainable parameters once, before the first step that could use them.
 
     Did each get one, and the same on all ranks? No gradient is looked at between that step and the next transition.
-
-    Args:
-        optimizer: The live optimizer, or what is innermost of its wrappers.
-        probe: `"ranks"` also compares the gradients across ranks where a process group is up, by one collective call on
-            all ranks; `"local"` looks at this process alone, as local SGD needs; `"off"` does not look.
+    `"ranks"` also compares the gradients across ranks where a process group is up, by one collective call on all;
+    `"local"` looks at this process alone, as local SGD needs; `"off"` does not look.
     """
 
     def __init__(self, optimizer: Optimizer, probe: Probe) -> None:
@@ -369,22 +353,15 @@ class FirstStep(Watcher):
         if self._probe != "off" and any(parameter.requires_grad for _, parameter in named):
             self._watched.append(named)
 
-    def before_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Look, or let a step with a closure look when the gradients are there."""
-        if not self._watched:
-            return None
-        optimizer, *given = args
-        closure = given[0] if given else kwargs.get("closure")
-        if closure is None:
+    def before_step(self) -> None:
+        """Look, unless the gradients come to be within the step."""
+        if self._watched and not self.hooks.has_closure:
             self._look()
-            return None
 
-        def probed() -> Any:  # the gradients come to be within the step
-            loss = closure()
+    def after_step(self) -> None:
+        """Look where a closure has made them."""
+        if self._watched and self.hooks.has_closure:
             self._look()
-            return loss
-
-        return ((optimizer, probed, *given[1:]), kwargs) if given else (args, {**kwargs, "closure": probed})
 
     def _look(self) -> None:
         watched = {name: parameter for named in self._watched for name, parameter in named if parameter.requires_grad}
@@ -392,11 +369,16 @@ class FirstStep(Watcher):
         if compared:
             differing, seen = differing_gradients(watched)
             if differing:
-                refuse_differing(differing)
+                raise RuntimeError(
+                    "gradients of newly trainable parameters must be the same on all ranks, got others for "
+                    f"{listed(differing, _SHOWN)}: DistributedDataParallel does not reduce what was frozen when it was "
+                    "made; wrap anew after each transition, ddp = unfreeze_sched.parallel.rewrap_ddp(ddp), or wrap "
+                    "while everything is trainable, with find_unused_parameters=True (probe='local' is for local SGD)"
+                )
             if not seen:
                 return  # no gradient but zero on any rank, which tells nothing; all ranks look again
         missing = [name for name, parameter in watched.items() if parameter.grad is None and parameter.numel()]
-        if not compared and len(missing) == len(watched) and not self._has_gradients():
+        if not compared and len(missing) == len(watched) and not any(True for _ in self.gradients()):
             return  # a step without a backward pass
         self._watched.clear()
         self.hooks.busy.discard(self)
@@ -408,35 +390,29 @@ class FirstStep(Watcher):
                 "torch.compiler.reset() after each transition"
             )
 
-    def _has_gradients(self) -> bool:
-        return any(p.grad is not None for group in self._optimizer.param_groups for p in group["params"])
-
 
 def differing_gradients(named: Mapping[str, nn.Parameter]) -> tuple[list[str], bool]:
-    """Compare gradients across ranks by their norms; a collective call.
+    """The names of gradients that differ across ranks, by their norms, and whether any is other than zero on any rank.
 
-    Args:
-        named: The same parameters, in the same order, on all ranks. Sharded ones are left out: each rank has its own.
-
-    Returns:
-        The names of those that differ, and whether any gradient is other than zero on any rank.
+    A collective call, of the same parameters in the same order on all ranks. Sharded ones are left out: each rank has
+    its own.
     """
-    whole = {name: parameter for name, parameter in named.items() if not _is_sharded(parameter)}
+    sharded = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())  # not loaded, not used
+    whole = {
+        name: parameter
+        for name, parameter in named.items()
+        if not (isinstance(parameter, sharded) or getattr(parameter, "_fsdp_flattened", False))
+    }
     if not whole:
         return [], True
     device = next(iter(whole.values())).device
     norms = torch.stack([_norm(parameter.grad, device) for parameter in whole.values()])
-    extremes = torch.cat([norms, -norms])
+    extremes = torch.stack([norms, -norms])
     distributed.all_reduce(extremes, op=distributed.ReduceOp.MAX)
-    highest, lowest = extremes[: len(whole)].tolist(), (-extremes[len(whole) :]).tolist()
-    return (
-        [
-            name
-            for name, high, low in zip(whole, highest, lowest, strict=True)
-            if not math.isclose(high, low, rel_tol=_RELATIVE_TOLERANCE)
-        ],
-        any(highest),
-    )
+    highest, lowest = extremes.tolist()
+    extremes_of = zip(whole, highest, lowest, strict=True)
+    differing = [name for name, high, low in extremes_of if not math.isclose(high, -low, rel_tol=_RELATIVE_TOLERANCE)]
+    return differing, any(highest)
 
 
 def _norm(gradient: Tensor | None, device: torch.device) -> Tensor:
@@ -446,10 +422,3 @@ def _norm(gradient: Tensor | None, device: torch.device) -> Tensor:
     values = _numbers(gradient)
     norm = torch.linalg.vector_norm(values, dtype=torch.complex128 if values.is_complex() else torch.float64).real
     return torch.where(torch.isfinite(norm), norm, -torch.ones_like(norm)).to(device, torch.float64)
-
-
-def _is_sharded(parameter: nn.Parameter) -> bool:
-    tensor = sys.modules.get("torch.distributed.tensor")  # not loaded, not used
-    return (tensor is not None and isinstance(parameter, tensor.DTensor)) or getattr(
-        parameter, "_fsdp_flattened", False
-    )
