@@ -27,11 +27,11 @@ from unfreeze_sched.distill.command.files import (
     Values,
     as_rgb,
     central,
+    pairs_of,
     read_pair,
     values_of,
 )
 from unfreeze_sched.distill.command.masks import look, settle
-from unfreeze_sched.distill.command.pairs import pairs_of
 from unfreeze_sched.distill.loss import IGNORE_INDEX
 
 CLASS_NAMES = ("background", "animal", "food", "vehicle", "face")

@@ -1,7 +1,12 @@
-"""Image files and their masks, read as they are stored and the right way up; a mask's values get no meaning here."""
+"""Images and their masks, found by their names, and read the right way up; a mask's values get no meaning here."""
 
+import difflib
 import io
+import re
+import unicodedata
+from collections import defaultdict
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +15,25 @@ from PIL import Image, ImageSequence, UnidentifiedImageError
 
 from unfreeze_sched._checks import listed, plain
 
+_MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff", ".gif", ".jpg", ".jpeg")
+_IMAGE_SUFFIXES = (*_MASK_SUFFIXES, ".webp")  # which may be lossy or not, and nothing tells
+_READ = f"{', '.join(_MASK_SUFFIXES)} are read, and .webp as an image"
+_NAMED = 5  # file names in one text
 _MOST_PIXELS = 2**30
 # By content, whatever the names say. Pillow reads more: for some, such as EPS, it starts a program.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "I", "I;16", "I;16B")
-# By EXIF orientation, from 2 to 8.
-_TURNS = (
-    *(Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM),
-    *(Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90),
-)
+_TURNS = {  # by EXIF orientation; from 5 on width and height change places
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
+Files = dict[str, Path]  # by stem
 Values = np.ndarray[tuple[int, ...], np.dtype[np.integer[Any]]]
 
 
@@ -48,29 +62,157 @@ class Pair:
     classes: frozenset[int] = frozenset()
 
 
+# --- names
+
+
+def pairs_of(folder: Path, prefix: str = "") -> tuple[list[Pair], list[str]]:
+    """The images of `folder/images/` with their masks in `folder/masks/`, sorted by stem; no file is opened.
+
+    Also lines on what is not read and on how masks were found. The prefix stands before the files' labels.
+    """
+    images, other = _by_stem(folder / "images", _IMAGE_SUFFIXES)
+    masks, more = _by_stem(folder / "masks", _MASK_SUFFIXES)
+    unread = [*(f"{prefix}images/{name}" for name in other), *(f"{prefix}masks/{name}" for name in more)]
+    lines = [f"not read: {listed(unread, _NAMED)}; {_READ}"] if unread else []
+    if not images:
+        raise DataError(f"{folder / 'images'} must hold an image, got {listed(other, _NAMED) or 'none'}; {_READ}")
+    found = _found(images, masks, more)
+    if changed := [f"{found[stem].name} to {images[stem].name}" for stem in images if found[stem].stem != stem]:
+        lines.append(f"masks belong to the images whose names theirs hold: {listed(changed)}")
+    pairs = []
+    for stem, image in sorted(images.items()):
+        mask = File(f"{prefix}masks/{found[stem].name}", found[stem])
+        pairs.append(Pair(stem, File(f"{prefix}images/{image.name}", image), mask))
+    return pairs, lines
+
+
+def _by_stem(folder: Path, suffixes: tuple[str, ...]) -> tuple[Files, list[str]]:
+    """The folder's files of these kinds, and the names of all else; two of one stem would make the pairing a guess."""
+    if not folder.is_dir():
+        beside = [path.name for path in sorted(folder.parent.glob("*/"))]
+        got = f"{listed(beside, _NAMED)} beside it" if beside else "none"
+        raise DataError(f"{folder} must be a folder, got {got}; the data is DIR with images/ and masks/")
+    files: Files = {}
+    others = []
+    for file in sorted(folder.iterdir()):
+        if file.suffix.lower() not in suffixes or file.name.startswith(".") or not file.is_file():
+            others.append(f"{file.name}/" if file.is_dir() else file.name)
+        elif (first := files.setdefault(file.stem, file)) != file:
+            raise DataError(f"{folder} must hold one file per stem, got {first.name} and {file.name}; rename one")
+    return files, others
+
+
+def _found(images: Files, masks: Files, unread: list[str]) -> Files:
+    """Each image's mask: that of its stem, else the one mask whose name holds it."""
+    names: dict[str, set[str]] = defaultdict(set)
+    for stem in images:
+        names[_plain(stem)].add(stem)
+    claims: dict[str, list[Path]] = {stem: [masks[stem]] if stem in masks else [] for stem in images}
+    lone = {stem: file for stem, file in masks.items() if stem not in images}
+    for stem, file in lone.items():
+        if len(owners := _owners(stem, names)) == 1:
+            claims[owners.pop()].append(file)
+    if bare := [stem for stem, own in claims.items() if len(own) != 1 and stem not in masks]:
+        others = {Path(name).stem: name for name in (*unread, *(file.name for file in lone.values()))}
+        close = [others[stem] for stem in difflib.get_close_matches(bare[0], others, 1)]
+        near = [file.name for file in claims[bare[0]]] or close
+        raise DataError(
+            f"each image must have a mask, got none for {listed([images[stem].name for stem in bare], _NAMED)}"
+            f"{f' (near the first: {listed(near, _NAMED)})' if near else ''}; add masks/STEM.png"
+        )
+    found = {stem: own[0] for stem, own in claims.items()}
+    if left := [file.name for file in lone.values() if file not in found.values()]:
+        raise DataError(
+            f"each mask must have an image, got none for {listed(left, _NAMED)}; add the images or remove the masks"
+        )
+    return found
+
+
+def _plain(name: str) -> str:
+    """A name as it is compared: file systems differ in how they compose accents, and in whether case counts."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def _owners(stem: str, names: dict[str, set[str]]) -> set[str]:
+    """The images whose name stands whole in a mask's, the longest such: `a_1_mask` is of `a_1`, not of `a`."""
+    text = _plain(stem)
+    cuts = sorted({0, len(text), *(cut.start() for cut in re.finditer(r"\b|(?=_)|(?<=_)", text))})
+    held = {text[start:end] for start, end in combinations(cuts, 2)} & names.keys()
+    longest = max(map(len, held), default=0)
+    return {owner for name in held if len(name) == longest for owner in names[name]}
+
+
+# --- pixels
+
+
 def read_pair(pair: Pair) -> tuple[Image.Image, Image.Image, bool]:
     """An image and its mask in RGB or one band of up to 16 bits, and whether the mask's format changes values.
 
     Raises:
-        DataError: a file is unreadable, the sizes differ, or it is not known whether the mask turns with its image.
+        DataError: A file is unreadable, the sizes differ, or it is not known whether the mask turns with its image.
     """
-    stored, turn, _ = _opened(pair.image)
+    image, turn, _ = _opened(pair.image)
     mask, own, lossy = _opened(pair.mask)
-    image = _turned(stored, turn)
-    if own == 1 != turn and mask.size == stored.size:  # a mask without a tag: its size may tell how it lies
-        if stored.size == image.size:
+    stored = image.size[::-1] if turn > 4 else image.size  # noqa: PLR2004  # turned by 90 degrees
+    if own == 1 != turn and mask.size == stored:  # a mask without a tag: its size may tell how it lies
+        if stored == image.size:
             raise DataError(
                 f"{pair.image.label} must say whether its mask turns with it, got EXIF orientation {turn}, and a mask "
                 "that fits both ways; remove the tag if the mask lies as the stored pixels do, else turn the pixels"
             )
-        own = turn
-    mask = _turned(mask, own)
+        mask = mask.transpose(_TURNS[turn])
     if image.size != mask.size:
         raise DataError(
             f"{pair.mask.label} must have its image's size {_by(image)}, got {_by(mask)}; "
-            "export the mask at the image's resolution",
+            "export the mask at the image's resolution"
         )
     return image, mask, lossy
+
+
+def _opened(file: File) -> tuple[Image.Image, int, bool]:
+    """The file, decoded to the end and upright, its EXIF orientation, and whether its format changes values."""
+    Image.MAX_IMAGE_PIXELS = None  # Pillow stops at 179 megapixels, which satellite images have
+    try:
+        source = io.BytesIO(file.source) if isinstance(file.source, bytes) else file.source
+        with Image.open(source, formats=_FORMATS) as image:
+            if reason := _reason(image):
+                raise ValueError(reason)  # noqa: TRY301  # as a decoder's own
+            turn = _orientation(image)
+            image.load()
+            if image.mode == "I" and (np.asarray(image) >> 16).any():
+                raise ValueError("values beyond 16 bits")  # noqa: TRY301  # likewise
+            packing = str(image.info.get("compression"))
+            lossy = image.format in ("JPEG", "MPO", "WEBP") or "jpeg" in packing or "webp" in packing
+            is_upright = _orientation(image) == 1  # from the start, or since Pillow loaded it, as it turns a TIFF
+            return image if is_upright else image.transpose(_TURNS[turn]), turn, lossy
+    except UnidentifiedImageError:
+        reason = "an unknown format"
+    except Exception as error:  # noqa: BLE001  # decoders raise anything on broken bytes
+        reason = str(error) or type(error).__name__
+    raise DataError(f"{file.label} must be a readable image, got: {reason}; export it anew, or remove it with its pair")
+
+
+def _reason(image: Image.Image) -> str:
+    """Why an image is not to be decoded, if it is not."""
+    if image.mode not in _MODES:
+        return f"mode {image.mode}, not of 8 or 16 bits"
+    if image.width * image.height > _MOST_PIXELS:
+        return f"{_by(image)} pixels, more than {_MOST_PIXELS}"
+    # A phone's preview is no page of its own, nor are a TIFF's reduced copies and masks.
+    pages = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+    if image.format == "TIFF" and pages > 1:
+        pages = sum(not page.tag_v2.get(254, 0) & 0b101 for page in ImageSequence.Iterator(image))  # type: ignore[attr-defined]  # of a TIFF
+        image.seek(0)
+    return f"{pages} pages" if pages > 1 else ""
+
+
+def _orientation(image: Image.Image) -> int:
+    turn = image.getexif().get(0x0112)
+    return int(turn) if turn in _TURNS else 1
+
+
+def _by(image: Image.Image) -> str:
+    return f"{image.width} x {image.height}"
 
 
 def central(image: Image.Image) -> tuple[int, int, int, int]:
@@ -92,7 +234,7 @@ def values_of(mask: Image.Image, label: str) -> Values:
     """A mask's values, of shape (H, W), uint8 or int32: a palette's indices, 0 and 255 of 1 bit, grey in any mode.
 
     Raises:
-        DataError: it has colours, or is transparent in part.
+        DataError: It has colours, or is transparent in part.
     """
     if mask.mode[0] == "I":
         return np.asarray(mask).astype(np.int32)
@@ -107,54 +249,3 @@ def values_of(mask: Image.Image, label: str) -> Values:
             "map them to indices 0, 1, ... and save it in mode L"
         )
     return bands[..., 0]
-
-
-def _opened(file: File) -> tuple[Image.Image, int, bool]:
-    """The file, decoded to the end, with its EXIF orientation, and whether its format changes values."""
-    Image.MAX_IMAGE_PIXELS = None  # Pillow stops at 179 megapixels, which satellite images have
-    try:
-        source = io.BytesIO(file.source) if isinstance(file.source, bytes) else file.source
-        with Image.open(source, formats=_FORMATS) as image:
-            if image.mode not in _MODES:
-                raise ValueError(f"mode {image.mode}, not of 8 or 16 bits")  # noqa: TRY301  # as a decoder's own
-            if image.width * image.height > _MOST_PIXELS:
-                raise ValueError(f"{_by(image)} pixels, more than {_MOST_PIXELS}")  # noqa: TRY301
-            if (pages := _pages(image)) > 1:
-                raise ValueError(f"{pages} pages")  # noqa: TRY301
-            turn = _orientation(image) if image.format == "TIFF" else 1  # which Pillow turns when it loads it
-            image.load()
-            if image.mode == "I" and (np.asarray(image) >> 16).any():
-                raise ValueError("values beyond 16 bits")  # noqa: TRY301
-            turn = max(turn, _orientation(image))
-            packing = str(image.info.get("compression"))
-            lossy = image.format in ("JPEG", "MPO", "WEBP") or "jpeg" in packing or "webp" in packing
-            if turn != _orientation(image):
-                return _turned(image, {6: 8, 8: 6}.get(turn, turn)), turn, lossy
-            return image, turn, lossy
-    except UnidentifiedImageError:
-        reason = "an unknown format"
-    except Exception as error:  # noqa: BLE001  # decoders raise anything on broken bytes
-        reason = str(error) or type(error).__name__
-    raise DataError(f"{file.label} must be a readable image, got: {reason}; export it anew, or remove it with its pair")
-
-
-def _orientation(image: Image.Image) -> int:
-    turn = image.getexif().get(0x0112, 1)
-    return int(turn) if turn in range(2, 9) else 1
-
-
-def _pages(image: Image.Image) -> int:
-    """How many pictures the file holds: a phone's preview is none, nor are a TIFF's reduced copies and masks."""
-    frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
-    if image.format == "TIFF" and frames > 1:
-        frames = sum(not page.tag_v2.get(254, 0) & 0b101 for page in ImageSequence.Iterator(image))  # type: ignore[attr-defined]  # of a TIFF
-        image.seek(0)
-    return frames
-
-
-def _turned(image: Image.Image, orientation: int) -> Image.Image:
-    return image if orientation == 1 else image.transpose(_TURNS[orientation - 2])
-
-
-def _by(image: Image.Image) -> str:
-    return f"{image.width} x {image.height}"
