@@ -1,7 +1,4 @@
-"""Images with masks: the embedded sample, or folders of one's own; the order is a function of a generator.
-
-Files are decoded when asked for, so a folder may be large; the embedded sample is kept decoded, as uint8.
-"""
+"""Images with masks: the embedded sample, which is kept decoded, or folders of one's own, which may be large."""
 
 import io
 import os
@@ -34,16 +31,14 @@ from unfreeze_sched.distill.command.files import (
 from unfreeze_sched.distill.command.masks import look, settle
 from unfreeze_sched.distill.loss import IGNORE_INDEX
 
-CLASS_NAMES = ("background", "animal", "food", "vehicle", "face")
-"""The embedded sample's classes, by index."""
-
+CLASS_NAMES = ("background", "animal", "food", "vehicle", "face")  # of the embedded sample, by index
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 _MANY = 1_000  # images that take a while
 _LARGE = 178_956_970  # pixels: where Pillow warns
 
-Triple = tuple[float, float, float]
+Triple = tuple[float, float, float]  # by band, R, G, B, for values from 0 to 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,16 +47,6 @@ class SegmentationData(Dataset[tuple[Tensor, Tensor]]):
 
     An image is cut to its central square and scaled to ``image_size`` (bilinear, antialiased); the mask goes the same
     way, nearest. EXIF rotation is applied. The normalised value is ``(v / 255 - mean) / std``, by band.
-
-    Attributes:
-        pairs: the files, in order.
-        class_names: the classes' names, by index.
-        image_size: side of the square that items have, in pixels.
-        mean: by band, R, G, B, for values from 0 to 1.
-        std: likewise.
-        meaning: class index, 255, or -1 for none, by value of the masks; None where values are class indices.
-        white: the value of a 16-bit image that becomes 255.
-        cache: keeps decoded items when it is a dict; parts of one `split` share it.
 
     Example:
         >>> data = load_sample("test", image_size=64)
@@ -72,12 +57,12 @@ class SegmentationData(Dataset[tuple[Tensor, Tensor]]):
 
     pairs: tuple[Pair, ...]
     class_names: tuple[str, ...]
-    image_size: int
+    image_size: int  # side of the square that items have, in pixels
     mean: Triple = IMAGENET_MEAN
     std: Triple = IMAGENET_STD
-    meaning: Values | None = None
-    white: int = 2**16 - 1
-    cache: dict[str, tuple[Tensor, Tensor]] | None = field(default=None, repr=False)
+    meaning: Values | None = None  # class index, 255, or -1 for none, by value of the masks; None: these are indices
+    white: int = 2**16 - 1  # the value of a 16-bit image that becomes 255
+    cache: dict[str, tuple[Tensor, Tensor]] | None = field(default=None, repr=False)  # decoded items, for all parts
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -97,11 +82,7 @@ class SegmentationData(Dataset[tuple[Tensor, Tensor]]):
         return self.normalised(image.float() / 255), mask.long()
 
     def raw(self, index: int) -> tuple[Tensor, Tensor]:
-        """An item as it is kept, both uint8: the image (3, side, side), the mask's class indices or 255 (side, side).
-
-        Raises:
-            DataError: a file is not any more what it was when it was looked at.
-        """
+        """An item as it is kept, as uint8: the image (3, side, side), and the mask's classes or 255 (side, side)."""
         pair = self.pairs[index]
         if self.cache is None:
             return self._decoded(pair)
@@ -129,20 +110,12 @@ class SegmentationData(Dataset[tuple[Tensor, Tensor]]):
         return train, validation
 
     def epoch(self, generator: torch.Generator, *, flip: bool = True, jitter: float = 0.0) -> "EpochView":
-        """One epoch's order and augmentation, all drawn here from a CPU generator.
-
-        So a loader over the view needs no shuffling, and its workers, however many, draw nothing.
+        """One epoch's order and augmentation, all drawn here, so that a loader over it shuffles and draws nothing.
 
         Args:
-            generator: such as `epoch_generator` makes.
-            flip: mirrors half of the images left to right, with their masks.
-            jitter: brightness and contrast are each scaled by a factor from ``1 - jitter`` to ``1 + jitter``; 0 to 1.
-
-        Example:
-            >>> data = load_sample("test")
-            >>> view = data.epoch(epoch_generator(seed=0, epoch=3), jitter=0.2)
-            >>> view.order == data.epoch(epoch_generator(seed=0, epoch=3), jitter=0.2).order
-            True
+            generator: On the CPU, such as `epoch_generator` makes.
+            flip: Mirrors half of the images left to right, with their masks.
+            jitter: Brightness and contrast are each scaled by a factor from ``1 - jitter`` to ``1 + jitter``; 0 to 1.
         """
         if not 0 <= jitter <= 1:
             raise DataError(f"`jitter` must be from 0 to 1, got {jitter}; 0 turns it off")
@@ -164,19 +137,12 @@ class SegmentationData(Dataset[tuple[Tensor, Tensor]]):
 
 @dataclass(frozen=True, eq=False)
 class EpochView(Dataset[tuple[Tensor, Tensor]]):
-    """One epoch of the data: its order and augmentation are settled, so an item depends on nothing but its index.
-
-    Attributes:
-        data: what is viewed.
-        order: for each place in the epoch, the 0-based index into ``data``.
-        flips: for each place, whether it is mirrored left to right.
-        factors: for each place, the factors of brightness and contrast.
-    """
+    """One epoch of the data, by place: all is settled, so that an item depends on nothing but its index."""
 
     data: SegmentationData
-    order: tuple[int, ...]
-    flips: tuple[bool, ...]
-    factors: tuple[tuple[float, ...], ...]
+    order: tuple[int, ...]  # 0-based, into the data
+    flips: tuple[bool, ...]  # whether it is mirrored left to right
+    factors: tuple[tuple[float, ...], ...]  # of brightness and contrast
 
     def __len__(self) -> int:
         return len(self.order)
@@ -205,20 +171,11 @@ def epoch_generator(seed: int, epoch: int) -> torch.Generator:
 
 
 def load_sample(
-    split: Literal["train", "test"],
-    *,
-    image_size: int = 128,
-    mean: Triple = IMAGENET_MEAN,
-    std: Triple = IMAGENET_STD,
+    split: Literal["train", "test"], *, image_size: int = 128, mean: Triple = IMAGENET_MEAN, std: Triple = IMAGENET_STD
 ) -> SegmentationData:
     """A part of the embedded sample: 400 training or 200 test images of 128 x 128 pixels in five classes.
 
-    The two share no object and no background. `mean` and `std` are the encoder's, by band, for values from 0 to 1.
-
-    Example:
-        >>> data = load_sample("train", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-        >>> len(data), data.class_names
-        (400, ('background', 'animal', 'food', 'vehicle', 'face'))
+    The two share no object and no background. `mean` and `std` are the encoder's.
     """
     if split not in ("train", "test"):
         raise DataError(f"`split` must be 'train' or 'test', got {split!r}; take 'train' and its .split() to validate")
@@ -244,16 +201,16 @@ def load_folders(
     Every file is read once, here, before a value gets a meaning, which is the same in all the folders.
 
     Args:
-        *folders: one or more.
-        classes: their number, 2 to 255, background included; None counts them.
-        mask_values: the value of each class in the masks, by index; None takes class indices, or 0 and 255.
-        image_size: side of an item in pixels; see `SegmentationData` for how images are cut and scaled.
-        mean: the encoder's, by band, for values from 0 to 1.
-        std: likewise.
-        tell: is given each line on how the files are read.
+        *folders: One or more.
+        classes: Their number, 2 to 255, background included; None counts them.
+        mask_values: The value of each class in the masks, by index; None takes class indices, or 0 and 255.
+        image_size: Side of an item in pixels.
+        mean: The encoder's.
+        std: The encoder's.
+        tell: Is given each line on how the files are read.
 
     Raises:
-        DataError: something cannot be read, or could be read in more than one way.
+        DataError: Something cannot be read, or could be read in more than one way.
     """
     parts = []
     for place, folder in enumerate(folders):
@@ -269,6 +226,7 @@ def load_folders(
     index, number, line = settle(every, classes, mask_values)
     if line:
         tell(line)
+    white = 255
     if peak := max(each.peak for each in every):
         white = next(2**bits - 1 for bits in (8, 10, 12, 14, 16) if peak < 2**bits)
         tell(f"images of 16 bits hold values up to {peak}: 0 to {white} are scaled to 0 to 255")
@@ -276,18 +234,10 @@ def load_folders(
         tell(f"the largest image has {most // 10**6} megapixels; images cut into tiles are read faster")
     meaning = np.full(2**16, -1, np.int16)
     meaning[list(index)] = list(index.values())
-    return [
-        SegmentationData(
-            tuple(
-                replace(pair, classes=frozenset(index[value] for value in each.seen) - {IGNORE_INDEX})
-                for pair, each in zip(pairs, part, strict=True)
-            ),
-            tuple(map(str, range(number))),
-            image_size,
-            mean,
-            std,
-            meaning,
-            white if peak else 255,
-        )
-        for pairs, part in zip(parts, looks, strict=True)
-    ]
+    names = tuple(map(str, range(number)))
+    data = []
+    for pairs, part in zip(parts, looks, strict=True):
+        shown = [frozenset(index[value] for value in each.seen) - {IGNORE_INDEX} for each in part]
+        seen = tuple(replace(pair, classes=each) for pair, each in zip(pairs, shown, strict=True))
+        data.append(SegmentationData(seen, names, image_size, mean, std, meaning, white))
+    return data
