@@ -5,15 +5,15 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from unfreeze_sched._checks import listed
 from unfreeze_sched.distill.checkpoints import classes_of
 from unfreeze_sched.distill.command.data import SegmentationData, load_folders, load_sample
 from unfreeze_sched.distill.command.files import DataError
-from unfreeze_sched.distill.command.imagenet import IMAGENET_NORMALISATION, Normalisation, normalisation
+from unfreeze_sched.distill.command.imagenet import IMAGENET_NORMALISATION, normalisation
 
-# A fifth of the training images validates; of a folder a fifth is set aside as the test part first.
-_HELD_OUT = 0.2
+_HELD_OUT = 0.2  # of the images for the test, and of the rest for validation
 _NAMED = 10  # classes in one line
 
 Parts = tuple[SegmentationData, SegmentationData, SegmentationData]
@@ -26,8 +26,7 @@ def data_of(args: argparse.Namespace, tell: Callable[[str], object]) -> Parts:
     for flag in ("classes", "mask_values", "val", "test"):
         if (value := getattr(args, flag)) is not None:
             raise DataError(f"`--{flag.replace('_', '-')}` must come with --data, got {value} alone; add --data DIR")
-    mean, std = _normalisation(args.student_encoder)
-    whole, test = (load_sample(part, image_size=args.image_size, mean=mean, std=std) for part in ("train", "test"))
+    whole, test = (load_sample(part, **_items(args)) for part in ("train", "test"))
     return *whole.split(_HELD_OUT, seed=args.seed), test
 
 
@@ -37,36 +36,14 @@ def _own(args: argparse.Namespace, tell: Callable[[str], object]) -> Parts:
         raise DataError(
             f"`--classes` must be the number of --mask-values, {len(values)}, got {args.classes}; leave it out"
         )
-    stated = {flag: getattr(args, flag) for flag in ("val", "test") if getattr(args, flag) is not None}
-    for flag, folder in stated.items():
+    given = {flag: folder for flag in ("val", "test") if (folder := getattr(args, flag)) is not None}
+    for flag, folder in given.items():
         if Path(folder).resolve() == Path(args.data).resolve():
             raise DataError(f"`--{flag}` must be another folder than --data, got {folder} for both; leave it out")
-    mean, std = _normalisation(args.student_encoder)
-    whole, *others = load_folders(
-        args.data,
-        *stated.values(),
-        classes=args.classes,
-        mask_values=values,
-        image_size=args.image_size,
-        mean=mean,
-        std=std,
-        tell=tell,
-    )
-    parts = dict(zip(stated, others, strict=True))
-    missing = [name for flag, name in (("val", "to validate"), ("test", "to test")) if flag not in parts]
-    if len(whole) < 2 + len(missing):
-        also = "".join(f", one {name}" for name in missing)
-        ways = " or give --val DIR and --test DIR" if missing else ""
-        raise DataError(
-            f"`--data` must hold {2 + len(missing)} images or more: two to train on{also}, got {len(whole)}; "
-            f"add images{ways and ','}{ways}"
-        )
-    if "test" not in parts:
-        whole, parts["test"] = whole.split(_HELD_OUT, seed=args.seed)
-    if "val" not in parts:
-        whole, parts["val"] = whole.split(_HELD_OUT, seed=args.seed)
-    result = whole, parts["val"], parts["test"]
-    shown = [{place for pair in part.pairs for place in pair.classes} for part in result]
+    folders = args.data, *given.values()
+    whole, *others = load_folders(*folders, classes=args.classes, mask_values=values, tell=tell, **_items(args))
+    parts = _parts(whole, dict(zip(given, others, strict=True)), args.seed)
+    shown = [{place for pair in part.pairs for place in pair.classes} for part in parts]
     for name, classes in zip(("training", "validation", "test"), shown, strict=True):
         if not classes:
             raise DataError(
@@ -75,14 +52,32 @@ def _own(args: argparse.Namespace, tell: Callable[[str], object]) -> Parts:
             )
     if absent := [str(place) for place in range(whole.classes) if place not in shown[0]]:
         tell(f"no training image has class {listed(absent, _NAMED)}")
-    return result
+    return parts
 
 
-def _normalisation(encoder: str) -> Normalisation:
+def _parts(whole: SegmentationData, parts: dict[str, SegmentationData], seed: int) -> Parts:
+    """All three, where some may be given: what is not is held out of the whole."""
+    missing = [purpose for flag, purpose in (("val", "to validate"), ("test", "to test")) if flag not in parts]
+    if len(whole) < 2 + len(missing):
+        also = "".join(f", one {purpose}" for purpose in missing)
+        ways = ", or give --val DIR and --test DIR" if missing else ""
+        raise DataError(
+            f"`--data` must hold {2 + len(missing)} images or more: two to train on{also}, got {len(whole)}; "
+            f"add images{ways}"
+        )
+    for flag in ("test", "val"):
+        if flag not in parts:
+            whole, parts[flag] = whole.split(_HELD_OUT, seed=seed)
+    return whole, parts["val"], parts["test"]
+
+
+def _items(args: argparse.Namespace) -> dict[str, Any]:
+    """The items' side, and the normalisation that the student's weights want."""
     try:
-        return normalisation(encoder)
+        mean, std = normalisation(args.student_encoder)
     except ValueError:  # a name that timm does not know; most of these weights were trained with the usual constants
-        return IMAGENET_NORMALISATION
+        mean, std = IMAGENET_NORMALISATION
+    return {"image_size": args.image_size, "mean": mean, "std": std}
 
 
 def classes_for(teacher: str | None, data: SegmentationData) -> int:

@@ -33,14 +33,14 @@ class Look(NamedTuple):
 def look(pair: Pair) -> Look:
     """Read a pair whole."""
     image, mask, lossy = read_pair(pair)
-    found, counts = np.unique(values_of(mask, pair.mask.label), return_counts=True)
-    values = found.tolist()
-    seen = np.unique(values_of(mask.crop(central(mask)), pair.mask.label)).tolist()
+    label = pair.mask.label
+    values, counts = (each.tolist() for each in np.unique(values_of(mask, label), return_counts=True))
+    seen = np.unique(values_of(mask.crop(central(mask)), label)).tolist()
     palette = mask.getpalette() if mask.mode == "P" else None
     colours = {value: tuple(palette[3 * value : 3 * value + 3]) for value in values} if palette else {}
     peak = int(np.asarray(image).max()) if image.mode[0] == "I" else 0
-    held = dict(zip(values, counts.tolist(), strict=True))
-    return Look(pair.mask.label, held, seen, lossy, mask.mode == "1", colours, image.width * image.height, peak)
+    held = dict(zip(values, counts, strict=True))
+    return Look(label, held, seen, lossy, mask.mode == "1", colours, image.width * image.height, peak)
 
 
 def settle(
@@ -49,38 +49,39 @@ def settle(
     """Settle what the masks' values mean.
 
     Args:
-        looks: what was found in each pair.
-        classes: how many there are, 2 to 255; None counts them.
-        listing: the value of each class, by index; None takes indices, or 0 and 255.
+        looks: What was found in each pair.
+        classes: How many there are, 2 to 255; None counts them.
+        listing: The value of each class, by index; None takes indices, or 0 and 255.
 
     Returns:
         Class index, or 255, by value; the number of classes; and a line on it where it is not plain, else none.
-
-    Raises:
-        DataError: the values could mean several things, or nothing.
     """
     _refuse_other_palettes(looks)
     counts: Counter[int] = Counter()
     for each in looks:
         counts.update(each.counts)
     found = sorted(counts)
-    _refuse_one_class(found, found)
     index = _classes(found, classes, listing)
     number, is_plain = len(set(index.values())), all(value == place for value, place in index.items())
     other = [value for value in found if value not in index]
-    if is_plain and other == [IGNORE_INDEX]:
+    is_ignored = is_plain and other == [IGNORE_INDEX]
+    if len(found) - is_ignored < 2:  # noqa: PLR2004  # nothing to tell apart
+        told = "of which 255 is ignored; leave --classes and --mask-values out if it is a class"
+        told = told if len(found) > 1 else "alone; add masks that do"
+        raise DataError(f"the masks must hold two classes or more, got {_shown(found)} {told}")
+    line = ""
+    if is_ignored:
         _refuse_doubt(looks, number, is_said=bool(classes or listing))
         index[IGNORE_INDEX] = IGNORE_INDEX
-    elif other:
-        _refuse_values(looks, found, other, listing)
-    _refuse_loss(looks, index)
-    _refuse_one_class([value for value in found if index[value] != IGNORE_INDEX], found)
-    line = ""
-    if other:
         line = f"255 in the masks is ignored: {100 * counts[IGNORE_INDEX] / counts.total():.2g} % of their pixels"
+    elif other:
+        raise DataError(_unknown(looks, found, other, listing))
     elif not is_plain:
         meant = ", ".join(f"{value} is class {place}" for value, place in index.items() if value in counts)
         line = f"the masks are {'binary' if listing is None else 'mapped'}: {meant}"
+    lossy = next((each.label for each in looks if each.lossy), "")
+    if lossy and any(after - before < _FAR for before, after in pairwise(sorted(index))):
+        raise DataError(f"{lossy} must keep values that lie so near, got a format that changes them; save masks as PNG")
     return index, number, line
 
 
@@ -92,14 +93,6 @@ def _classes(found: Sequence[int], classes: int | None, listing: Sequence[int] |
         return {value: int(value > 0) for value in found}
     # Indices that nobody counted leave no gap.
     return {value: value for value in range(classes or min(len({*found} - {IGNORE_INDEX}), _MOST_COUNTED))}
-
-
-def _refuse_one_class(present: Sequence[int], found: Sequence[int]) -> None:
-    if len(present) < 2:  # noqa: PLR2004  # nothing to tell apart
-        told = "alone; add masks that do"
-        if present != found:
-            told = "of which 255 is ignored; leave --classes and --mask-values out if it is a class"
-        raise DataError(f"the masks must hold two classes or more, got {_shown(found)} {told}")
 
 
 def _refuse_doubt(looks: Sequence[Look], number: int, *, is_said: bool) -> None:
@@ -116,43 +109,35 @@ def _refuse_doubt(looks: Sequence[Look], number: int, *, is_said: bool) -> None:
         )
 
 
-def _refuse_values(looks: Iterable[Look], found: Sequence[int], other: Sequence[int], listing: object) -> None:
-    """Say what was found, where, and what can be done."""
+def _unknown(looks: Iterable[Look], found: Sequence[int], other: Sequence[int], listing: object) -> str:
+    """What values without a meaning are refused with: what was found, where, and what can be done."""
     first = next(each for each in looks if each.counts.keys() & {*other})
     if listing is not None:
-        raise DataError(
+        return (
             f"`--mask-values` must list each value of the masks, got none for {_shown(other)} ({first.label}); add it"
         )
     ways = [f"--mask-values {','.join(map(str, found))} if each is a class"] if len(found) <= _NAMED else []
     if (number := 1 + max({*found} - {IGNORE_INDEX})) <= IGNORE_INDEX:
         ways.append(f"--classes {number} if each is an index")
-    fix = (
-        "save masks as PNG, since the format of these changes values" if first.lossy else "save masks without smoothing"
-    )
-    raise DataError(
+    fix = "save masks without smoothing" + (f", or give {', '.join(ways)}" if ways else "")
+    if first.lossy:
+        fix = "save masks as PNG, since the format of these changes values"
+    return (
         "the masks must hold class indices 0, 1, 2, ... and 255 to ignore, or 0 and 255, "
         f"got {_shown(found)} ({first.label}); {fix}"
-        + (f", or give {', '.join(ways)}" if ways and not first.lossy else "")
     )
-
-
-def _refuse_loss(looks: Iterable[Look], index: Mapping[int, int]) -> None:
-    lossy = next((each.label for each in looks if each.lossy), "")
-    if lossy and any(after - before < _FAR for before, after in pairwise(sorted(index))):
-        raise DataError(f"{lossy} must keep values that lie so near, got a format that changes them; save masks as PNG")
 
 
 def _refuse_other_palettes(looks: Iterable[Look]) -> None:
     """An index with two colours, or a colour with two indices, says that the files count classes differently."""
-    by_value: dict[Any, tuple[Any, str]] = {}
-    by_colour: dict[Any, tuple[Any, str]] = {}
+    known: dict[Any, tuple[Any, str]] = {}  # by value and by colour, which is a tuple
     for each in looks:
         tells_apart = len(set(each.colours.values())) == len(each.colours)
         for value, colour in each.colours.items():
-            for table, key, other in ((by_value, value, colour), (by_colour, colour, value))[: 1 + tells_apart]:
-                known, label = table.setdefault(key, (other, each.label))
-                if known != other:
-                    got = f"{key} as {known} in {label} and as {other} in {each.label}"
+            for key, meant in ((value, colour), (colour, value))[: 1 + tells_apart]:
+                first, label = known.setdefault(key, (meant, each.label))
+                if first != meant:
+                    got = f"{key} as {first} in {label} and as {meant} in {each.label}"
                     raise DataError(f"the masks' palettes must agree, got {got}; save masks with one, or in mode L")
 
 
