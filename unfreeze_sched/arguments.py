@@ -1,7 +1,6 @@
-"""Flags for an existing script, `add_unfreeze_arguments`, and what turns them into an unfreezer, `unfreezer_from_args`.
+"""Flags for an existing script, and what turns them into an unfreezer; adding and parsing them needs no torch.
 
-Adding and parsing them needs no torch, so that `--help` and a wrong flag are answered at once. A value is None where
-its flag was not given, so that a flag can override a preset's value, or the script's own default.
+A value is None where its flag was not given, so that a flag can override a preset's value, or the script's default.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def checked(convert: Callable[[str], Any], fits: Callable[[Any], bool], wanted: str) -> Callable[[str], Any]:
-    """An argparse type: what `convert` makes of a text where that fits; else the error says what was wanted."""
+    """An argparse type: what `convert` makes of a text, where that fits; else the error says what was wanted."""
 
     def parse(text: str) -> Any:
         with suppress(ValueError):
@@ -59,14 +58,9 @@ def number(most: float | None = None) -> Callable[[str], float]:
 
 
 def add_flag(group: Any, usage: str, text: str, **options: Any) -> None:
-    """Add a flag to a parser or group; its default, if there is one, is told at the end of its help.
+    """Add a flag to a parser or group by its usage, `--name METAVAR` or `--switch`, and its help.
 
-    Args:
-        group: Where it is listed.
-        usage: One or more names, and the metavar unless it is a switch: `--lr X`. A name with an underscore has a
-            dashed spelling too.
-        text: Its help.
-        options: As for `add_argument`.
+    A name with an underscore has a dashed spelling too; a default is told where the text does not tell of one.
     """
     words = usage.split()
     names = [word for word in words if word.startswith("--")]
@@ -160,15 +154,7 @@ def add_flags(group: Any, *names: str, auto: bool = False, short: bool = False) 
 
 
 def preset_from(args: argparse.Namespace, n_images: int | None = None) -> RatePreset | None:
-    """The preset that the flags ask for, each flag overriding the preset's value; None where they ask for none.
-
-    Args:
-        args: The parsed arguments.
-        n_images: Number of training images, for `auto`.
-
-    Raises:
-        ValueError: A value that the preset refuses, arguments of another parser, or `auto` without `n_images`.
-    """
+    """The preset that the flags ask for, each overriding the preset's value; None where they ask for none."""
     asked = vars(args)
     if not asked.keys() >= {"progressive_unfreeze", "unfreeze_preset"}:
         raise ValueError(

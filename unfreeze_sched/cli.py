@@ -51,13 +51,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line.
+    """Run the command line: the words after the program's name, by default the process's.
 
-    Args:
-        argv: Arguments after the program's name; None takes the process's.
-
-    Returns:
-        The exit code: 0, 2 for wrong input, 130 when interrupted, 1 where nobody reads the output any more.
+    The exit code is 0, 2 for wrong input, 130 when interrupted, 1 where nobody reads the output any more.
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # a shell closed it: lest the next file that is opened takes its place

@@ -64,11 +64,7 @@ _size = checked(
 
 
 def run(args: argparse.Namespace) -> None:
-    """Carry out what the arguments ask for.
-
-    Raises:
-        ValueError, OSError, ModuleNotFoundError: With one line that says what was wrong and what to do.
-    """
+    """Carry out what the arguments ask for; an error's one line says what was wrong and what to do."""
     plotter = None if args.plot is None else _plotter(Path(args.plot))
     stated, measured = _stated(args), None
     if args.encoder is not None:
@@ -101,12 +97,14 @@ def _plotter(path: Path) -> Any:
         raise ValueError(f"`--plot` must end in one of {', '.join(_SUFFIXES)}, got {path}; name it plan.png")
     if path.is_dir() or not path.parent.is_dir():
         raise _unwritable(path, "a folder" if path.is_dir() else f"no folder {path.parent}")
+    return _extra("unfreeze_sched.plan.plot", "`--plot` needs matplotlib", "pip install matplotlib")
+
+
+def _extra(module: str, need: str, fix: str) -> Any:
     try:
-        return importlib.import_module("unfreeze_sched.plan.plot")
+        return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"`--plot` needs {(error.name or '').split('.')[0]}, which is not installed; pip install matplotlib"
-        ) from error
+        raise ModuleNotFoundError(f"{need}, which is not installed; {fix}") from error
 
 
 def _unwritable(path: object, reason: object) -> ValueError:
@@ -141,17 +139,12 @@ def _schedule(args: argparse.Namespace, stated: dict[str, Any], blocks: int | No
     known = {key: value for key, (value, _) in asked.items() if value is not None}
     try:
         schedule = UnfreezeSchedule.model_validate({"total_blocks": _MOST_BLOCKS, **known, **stated})
-        for key, value in known.items():
-            if getattr(schedule, key) != value:
-                raise ValueError(  # noqa: TRY301  # told with the file's name, as a field's own error is
-                    f"`{key}` must be {value}, {asked[key][1]}, got {getattr(schedule, key)}; "
-                    "change it, or keep the preset alone in the file"
-                )
-    except ValueError as error:
-        if args.schedule is None:
-            raise
-        text = one_line(error) if isinstance(error, ValidationError) else str(error)
-        raise ValueError(f"{args.schedule}: {text}") from error
+    except ValidationError as error:
+        raise ValueError(f"{args.schedule}: {one_line(error)}" if args.schedule else one_line(error)) from error
+    for key, value in known.items():
+        if (other := getattr(schedule, key)) != value:
+            fix = "change it, or keep the preset alone in the file"
+            raise ValueError(f"{args.schedule}: `{key}` must be {value}, {asked[key][1]}, got {other}; {fix}")
     return schedule
 
 
@@ -180,15 +173,9 @@ def _read(name: str) -> dict[str, Any]:
 
 
 def _yaml_loader() -> Callable[[str], Any]:
-    try:
-        yaml = importlib.import_module("yaml")
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "`--schedule` needs PyYAML for a YAML file, which is not installed; pip install pyyaml, or write JSON"
-        ) from error
-    base: Any = yaml.SafeLoader
+    yaml = _extra("yaml", "`--schedule` needs PyYAML for a YAML file", "pip install pyyaml, or write JSON")
 
-    class Loader(base):  # type: ignore[misc]  # imported on use
+    class Loader(yaml.SafeLoader):  # type: ignore[misc, name-defined]  # imported on use
         """Takes no key twice, and no alias, of which a few lines unfold to gigabytes."""
 
         def compose_node(self, parent: Any, index: Any) -> Any:

@@ -17,21 +17,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # the only part of tor
 from torch.overrides import TorchFunctionMode
 
 from unfreeze_sched._checks import short
-from unfreeze_sched.model import Block, encoder_blocks
-from unfreeze_sched.model.freezing import (
-    Norms,
-    freeze,
-    hold_in_eval,
-    norms_of,
-    release,
-    set_requires_grad,
-    unfreeze,
-    with_fixed_norms,
-)
+from unfreeze_sched.model import Block, encoder_blocks, freezing
 from unfreeze_sched.model.tracing import trace
 from unfreeze_sched.plan.phases import STATES, Encoder, Measured
 
-Size = tuple[int, int]
+Size = tuple[int, int]  # height and width in pixels
 
 _USUAL_SIZES = ((224, 224), (256, 256), (384, 384))
 
@@ -39,20 +29,8 @@ _USUAL_SIZES = ((224, 224), (256, 256), (384, 384))
 # --- counting
 
 
-def measure(name: str, image_size: Size | None, batch_size: int, optimizer: str, norms: Norms) -> Measured:
-    """What is known of a model by its name, before anything is allocated.
-
-    Args:
-        name: smp's or timm's.
-        image_size: Height and width in pixels; None takes the model's own.
-        batch_size: Images a batch.
-        optimizer: A key of `STATES`.
-        norms: As for `ProgressiveUnfreezer`.
-
-    Raises:
-        ModuleNotFoundError: Neither smp nor timm is installed.
-        ValueError: The model cannot be had or does not run.
-    """
+def measure(name: str, image_size: Size | None, batch_size: int, optimizer: str, norms: freezing.Norms) -> Measured:
+    """What is known of smp's or timm's model, by the batches and the optimizer that it would train with."""
     fake = fake_model(name, image_size, batch_size)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -61,10 +39,12 @@ def measure(name: str, image_size: Size | None, batch_size: int, optimizer: str,
     within = {parameter for block in blocks for parameter in block.parameters()}
     outside = {parameter: key for key, parameter in fake.model.named_parameters() if parameter not in within}
     head = [parameter for parameter in outside if parameter in used and parameter.requires_grad]
-    unused = [key for parameter, key in outside.items() if parameter not in set(head)]
+    unused = [outside[parameter] for parameter in outside if parameter not in used or not parameter.requires_grad]
     if norms == "fixed":
-        blocks = with_fixed_norms(blocks)
-        set_requires_grad(chain.from_iterable(block.fixed for block in blocks), requires_grad=False, flipped=[])
+        blocks = freezing.with_fixed_norms(blocks)
+        freezing.set_requires_grad(
+            chain.from_iterable(block.fixed for block in blocks), requires_grad=False, flipped=[]
+        )
     per_block = [list(block.parameters()) for block in blocks]
 
     def state(parameters: list[nn.Parameter]) -> int:
@@ -101,16 +81,21 @@ def _bytes(parameters: Iterable[nn.Parameter]) -> int:
     return sum(parameter.nbytes for parameter in parameters)
 
 
-def saved_activations(fake: FakeModel, blocks: tuple[Block, ...], number: int, norms: Norms) -> int:
+def saved_activations(fake: FakeModel, blocks: tuple[Block, ...], number: int, norms: freezing.Norms) -> int:
     """Bytes that a forward pass in training mode saves for backward, with so many of the deepest blocks unfrozen.
 
     Every storage counts once, whole and whichever views of it are saved.
     """
     fake.model.train()
     for depth, block in enumerate(reversed(blocks)):
-        (unfreeze if depth < number else freeze)(block)
-        if norms != "eval":
-            (release if norms == "train" else hold_in_eval)(norms_of(block))
+        if depth < number:
+            freezing.unfreeze(block)
+        else:
+            freezing.freeze(block)
+        if norms == "train":
+            freezing.release(freezing.norms_of(block))
+        elif norms != "eval":
+            freezing.hold_in_eval(freezing.norms_of(block))
     with warnings.catch_warnings(), fake.mode, torch.enable_grad(), saved_for_backward(fake.model) as kept:
         warnings.simplefilter("ignore")
         fake.model(fake.batch)
@@ -119,10 +104,7 @@ def saved_activations(fake: FakeModel, blocks: tuple[Block, ...], number: int, n
 
 @contextmanager
 def saved_for_backward(model: nn.Module) -> Iterator[list[torch.UntypedStorage]]:
-    """The storages that a forward pass within the context saves for its backward pass, each once.
-
-    Args:
-        model: Its parameters and buffers are there anyway, and are not counted.
+    """The storages that a forward pass within the context saves for backward, each once, the model's own aside.
 
     Example:
         >>> layer = nn.Linear(8, 8)
@@ -170,17 +152,7 @@ class _RealRanges(TorchFunctionMode):
 
 
 def fake_model(name: str, image_size: Size | None, batch_size: int) -> FakeModel:
-    """Build a model by its name, with no memory for its weights.
-
-    Args:
-        name: smp's name of an encoder, of which an `smp.Unet` is made, else timm's of a model.
-        image_size: Height and width in pixels; None takes what the model states, else a usual size.
-        batch_size: Images a batch.
-
-    Raises:
-        ModuleNotFoundError: Neither library is installed.
-        ValueError: A name that neither knows, or a model that does not run on images of this size.
-    """
+    """Build `smp.Unet` of an encoder's name, or timm's model; without a size it runs on its own, or on a usual one."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)  # a model may hold small tensors that are not its buffers
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of deprecated names
@@ -226,7 +198,9 @@ def _built(name: str, image_size: Size | None) -> tuple[nn.Module, str]:
             if name in smp_names or (smp and prefix in {"tu", "timm"} and (is_model(rest) or is_model(f"tf_{rest}"))):
                 return smp.Unet(name, encoder_weights=None), "smp.Unet"
             if is_model(bare) and ":" not in bare:  # such a prefix asks a hub
-                return _timm_model(timm, bare, image_size), "timm"
+                with suppress(TypeError):  # most have no positions, and do not take the keyword
+                    return timm.create_model(bare, **({"img_size": image_size} if image_size else {})), "timm"
+                return timm.create_model(bare), "timm"
     except Exception as error:
         raise ValueError(
             f"`--encoder` must be one that can be built without weights, got {name} ({_first_line(error)}); "
@@ -237,13 +211,6 @@ def _built(name: str, image_size: Size | None) -> tuple[nn.Module, str]:
         f"did you mean {' or '.join(near)}" if near else "see smp.encoders.get_encoder_names() and timm.list_models()"
     )
     raise ValueError(f"`--encoder` must be a name that smp or timm knows, got {short(name)}; {hint}")
-
-
-def _timm_model(timm: Any, name: str, image_size: Size | None) -> nn.Module:
-    """With positions for the image size, where the model has any: most have none, and do not take the keyword."""
-    with suppress(TypeError):
-        return timm.create_model(name, **({"img_size": image_size} if image_size else {}))  # type: ignore[no-any-return]
-    return timm.create_model(name)  # type: ignore[no-any-return]
 
 
 def _library(name: str) -> Any:

@@ -89,14 +89,7 @@ def make_plan(
     drops: bool = False,
     measured: Measured | None = None,
 ) -> Plan:
-    """The plan of a schedule.
-
-    Args:
-        schedule: For as many blocks as the model has.
-        learning_rate: The head's base rate.
-        layer_decay: In (0, 1], as for `ProgressiveUnfreezer`.
-        drops: Whether a block that is frozen again loses its optimizer state.
-        measured: What is known of the model; None for a number of blocks alone.
+    """The plan of a schedule by the head's base rate; `drops`: a block that is frozen again loses its optimizer state.
 
     Example:
         >>> from unfreeze_sched import MEDIUM

@@ -5,19 +5,7 @@ from __future__ import annotations
 import argparse
 from functools import partial
 
-from unfreeze_sched.arguments import (
-    NORMS,
-    NORMS_HELP,
-    PRESET_FLAGS,
-    add_flag,
-    add_flags,
-    checked,
-    integer,
-    number,
-    preset_from,
-)
-
-__all__ = ["add_arguments", "preset_from"]
+from unfreeze_sched.arguments import NORMS, NORMS_HELP, PRESET_FLAGS, add_flag, add_flags, checked, integer, number
 
 _MOST_CLASSES = 255
 

@@ -12,22 +12,11 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from unfreeze_sched._checks import plain
-from unfreeze_sched.distill.command.files import (
-    DataError,
-    File,
-    Pair,
-    Values,
-    as_rgb,
-    central,
-    pairs_of,
-    read_pair,
-    values_of,
-)
+from unfreeze_sched.distill.command.files import DataError, File, Pair, Values, pairs_of, square_of
 from unfreeze_sched.distill.command.masks import look, settle
 from unfreeze_sched.distill.loss import IGNORE_INDEX
 
@@ -96,13 +85,7 @@ class SegmentationData(Dataset[tuple[Tensor, Tensor]]):
         return (image - mean) / std
 
     def split(self, fraction: float, seed: int) -> tuple["SegmentationData", "SegmentationData"]:
-        """Part the data in two, each in the order of the whole; ``round(fraction * N)`` random images are the second.
-
-        Example:
-            >>> train, validation = load_sample("train").split(0.1, seed=0)
-            >>> len(train), len(validation)
-            (360, 40)
-        """
+        """Part the data in two, each in the order of the whole: ``round(fraction * N)`` random images are second."""
         held = round(fraction * len(self))
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).tolist()
         parts = sorted(order[held:]), sorted(order[:held])
@@ -112,10 +95,8 @@ class SegmentationData(Dataset[tuple[Tensor, Tensor]]):
     def epoch(self, generator: torch.Generator, *, flip: bool = True, jitter: float = 0.0) -> "EpochView":
         """One epoch's order and augmentation, all drawn here, so that a loader over it shuffles and draws nothing.
 
-        Args:
-            generator: On the CPU, such as `epoch_generator` makes.
-            flip: Mirrors half of the images left to right, with their masks.
-            jitter: Brightness and contrast are each scaled by a factor from ``1 - jitter`` to ``1 + jitter``; 0 to 1.
+        `flip` mirrors half of the images left to right, with their masks; brightness and contrast are each scaled by a
+        factor from ``1 - jitter`` to ``1 + jitter``. The generator is a CPU's, such as `epoch_generator` makes.
         """
         if not 0 <= jitter <= 1:
             raise DataError(f"`jitter` must be from 0 to 1, got {jitter}; 0 turns it off")
@@ -125,11 +106,8 @@ class SegmentationData(Dataset[tuple[Tensor, Tensor]]):
         return EpochView(self, tuple(order.tolist()), tuple(flips.tolist()), tuple(map(tuple, factors.tolist())))
 
     def _decoded(self, pair: Pair) -> tuple[Tensor, Tensor]:
-        image, mask, _ = read_pair(pair)
-        box, size = central(image), (self.image_size, self.image_size)
-        pixels = np.array(as_rgb(image, self.white).resize(size, Image.Resampling.BILINEAR, box))
-        values = Image.fromarray(values_of(mask, pair.mask.label)).resize(size, Image.Resampling.NEAREST, box)
-        indices = np.array(values) if self.meaning is None else self.meaning[np.asarray(values)]
+        pixels, values = square_of(pair, self.image_size, self.white)
+        indices = values if self.meaning is None else self.meaning[values]
         if indices.min() < 0:
             raise DataError(f"{pair.mask.label} must stay as it was at the start, got other values; start a new run")
         return torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), torch.from_numpy(indices.astype(np.uint8))
@@ -160,12 +138,7 @@ class EpochView(Dataset[tuple[Tensor, Tensor]]):
 
 
 def epoch_generator(seed: int, epoch: int) -> torch.Generator:
-    """The CPU generator of a seed and a 0-based epoch, whatever was drawn before.
-
-    Example:
-        >>> epoch_generator(0, 7).initial_seed() == epoch_generator(7, 0).initial_seed()
-        False
-    """
+    """The CPU generator of a seed and a 0-based epoch, whatever was drawn before."""
     state = np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0]))
 
@@ -198,19 +171,10 @@ def load_folders(
 ) -> list[SegmentationData]:
     """The data of folders with `images/` and `masks/` each, sorted by stem, as the guide `your_data.md` has it.
 
-    Every file is read once, here, before a value gets a meaning, which is the same in all the folders.
-
-    Args:
-        *folders: One or more.
-        classes: Their number, 2 to 255, background included; None counts them.
-        mask_values: The value of each class in the masks, by index; None takes class indices, or 0 and 255.
-        image_size: Side of an item in pixels.
-        mean: The encoder's.
-        std: The encoder's.
-        tell: Is given each line on how the files are read.
-
-    Raises:
-        DataError: Something cannot be read, or could be read in more than one way.
+    Every file is read once, here, before a value gets a meaning, which is the same in all the folders. How they are
+    read is told, line by line; what cannot be read, or could be in more than one way, is a `DataError`. `classes` is
+    their number, background included, or None to count them; `mask_values` the value of each class in the masks, by
+    index, or None for class indices, or 0 and 255.
     """
     parts = []
     for place, folder in enumerate(folders):

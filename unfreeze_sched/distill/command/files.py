@@ -146,11 +146,7 @@ def _owners(stem: str, names: dict[str, set[str]]) -> set[str]:
 
 
 def read_pair(pair: Pair) -> tuple[Image.Image, Image.Image, bool]:
-    """An image and its mask in RGB or one band of up to 16 bits, and whether the mask's format changes values.
-
-    Raises:
-        DataError: A file is unreadable, the sizes differ, or it is not known whether the mask turns with its image.
-    """
+    """An image and its mask in RGB or one band of up to 16 bits, and whether the mask's format changes values."""
     image, turn, _ = _opened(pair.image)
     mask, own, lossy = _opened(pair.mask)
     stored = image.size[::-1] if turn > 4 else image.size  # noqa: PLR2004  # turned by 90 degrees
@@ -222,20 +218,20 @@ def central(image: Image.Image) -> tuple[int, int, int, int]:
     return left, top, left + side, top + side
 
 
-def as_rgb(image: Image.Image, white: int) -> Image.Image:
-    """The image in RGB of 8 bits; of more bits, `white` becomes 255."""
-    if image.mode[0] == "I":
-        values = np.asarray(image).astype(np.int64).clip(0, white)
-        image = Image.fromarray(((values * 255 + white // 2) // white).astype(np.uint8))
-    return image.convert("RGB")
+def square_of(pair: Pair, side: int, white: int) -> tuple[Values, Values]:
+    """The central squares, scaled: the image's bilinear, uint8, (side, side, 3), `white` as 255; the mask's nearest."""
+    image, mask, _ = read_pair(pair)
+    size, box = (side, side), central(image)
+    if image.mode[0] == "I":  # of up to 16 bits
+        bright = np.asarray(image).astype(np.int64).clip(0, white)
+        image = Image.fromarray(((bright * 255 + white // 2) // white).astype(np.uint8))
+    pixels = image.convert("RGB").resize(size, Image.Resampling.BILINEAR, box)
+    values = Image.fromarray(values_of(mask, pair.mask.label)).resize(size, Image.Resampling.NEAREST, box)
+    return np.array(pixels), np.array(values)
 
 
 def values_of(mask: Image.Image, label: str) -> Values:
-    """A mask's values, of shape (H, W), uint8 or int32: a palette's indices, 0 and 255 of 1 bit, grey in any mode.
-
-    Raises:
-        DataError: It has colours, or is transparent in part.
-    """
+    """A mask's values, of shape (H, W), uint8 or int32: a palette's indices, 0 and 255 of 1 bit, grey in any mode."""
     if mask.mode[0] == "I":
         return np.asarray(mask).astype(np.int32)
     if mask.mode in ("1", "L", "P"):

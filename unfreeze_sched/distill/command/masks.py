@@ -46,15 +46,9 @@ def look(pair: Pair) -> Look:
 def settle(
     looks: Sequence[Look], classes: int | None = None, listing: Sequence[int] | None = None
 ) -> tuple[dict[int, int], int, str]:
-    """Settle what the masks' values mean.
+    """What the masks' values mean, as `load_folders` is asked for it.
 
-    Args:
-        looks: What was found in each pair.
-        classes: How many there are, 2 to 255; None counts them.
-        listing: The value of each class, by index; None takes indices, or 0 and 255.
-
-    Returns:
-        Class index, or 255, by value; the number of classes; and a line on it where it is not plain, else none.
+    Class index, or 255, by value; the number of classes; and a line on it where it is not plain, else none.
     """
     _refuse_other_palettes(looks)
     counts: Counter[int] = Counter()

@@ -18,8 +18,8 @@ import torch
 from timm.layers import convert_sync_batchnorm
 
 from unfreeze_sched import Block, MilestonePreset, UnfreezeSchedule, encoder_blocks
+from unfreeze_sched.arguments import preset_from
 from unfreeze_sched.distill.checkpoints import replacing, save_atomically
-from unfreeze_sched.distill.command.arguments import preset_from
 from unfreeze_sched.distill.command.arms import Arm, Imitating, Settings
 from unfreeze_sched.distill.command.evaluation import Evaluation, evaluate
 from unfreeze_sched.distill.command.imagenet import load_first_weights
