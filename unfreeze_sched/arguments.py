@@ -9,6 +9,7 @@ import argparse
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 from unfreeze_sched._checks import short
@@ -37,24 +38,17 @@ def checked(convert: Callable[[str], Any], fits: Callable[[Any], bool], wanted: 
     return parse
 
 
-def integer(minimum: int, of: int = 1, most: int | None = None) -> Callable[[str], int]:
+def integer(minimum: int, of: int = 1, most: float = inf) -> Callable[[str], int]:
     """An argparse type: an integer from `minimum` to `most`, a multiple of `of`."""
-    more = (f" and a multiple of {of}" if of > 1 else "") + ("" if most is None else f" and at most {most}")
-    return checked(
-        int,
-        lambda value: value >= minimum and value % of == 0 and (most is None or value <= most),
-        f"an integer of at least {minimum}{more}",
-    )
+    more = (f" and a multiple of {of}" if of > 1 else "") + (f" and at most {most}" if most < inf else "")
+    wanted = f"an integer of at least {minimum}{more}"
+    return checked(int, lambda value: minimum <= value <= most and value % of == 0, wanted)
 
 
-def number(most: float | None = None) -> Callable[[str], float]:
+def number(most: float = inf) -> Callable[[str], float]:
     """An argparse type: a finite number above 0, up to `most`."""
-    more = "" if most is None else f" and at most {most:g}"
-    return checked(
-        float,
-        lambda value: 0 < value < float("inf") and (most is None or value <= most),
-        f"a number above 0{more}",
-    )
+    wanted = "a number above 0" + (f" and at most {most:g}" if most < inf else "")
+    return checked(float, lambda value: 0 < value <= most and value < inf, wanted)
 
 
 def add_flag(group: Any, usage: str, text: str, **options: Any) -> None:

@@ -109,10 +109,8 @@ def _speaks() -> bool:
     """Whether this process says what went wrong: the only one, or the first of torchrun's ranks that failed."""
     if is_launched_alone():
         return True
-    try:
-        from unfreeze_sched.distill.command.ranks import first_to_fail  # noqa: PLC0415  # needs torch
-    except ModuleNotFoundError:
-        return True
+    from unfreeze_sched.distill.command.ranks import first_to_fail  # noqa: PLC0415  # needs torch
+
     return first_to_fail()
 
 

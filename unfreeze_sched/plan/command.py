@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from unfreeze_sched._checks import one_line, short
 from unfreeze_sched.arguments import PRESET_FLAGS, add_flag, add_flags, checked, integer, number, overrides
-from unfreeze_sched.plan.phases import STATES, Measured, make_plan
+from unfreeze_sched.plan.phases import STATES, make_plan
 from unfreeze_sched.plan.table import as_text
 from unfreeze_sched.schedule import PRESETS, UnfreezeSchedule, preset_for
 
@@ -36,7 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which = network.add_mutually_exclusive_group(required=True)
     add_flag(which, "--blocks N", "the encoder's blocks", type=integer(1, most=_MOST_BLOCKS))
     add_flag(which, "--encoder NAME", "smp's name of an encoder (of a Unet), or timm's of a model")
-    add_flag(network, "--image_size N", "side in pixels, or HxW (default: the model's, or 224)", type=_size)
+    wanted = f"a side in pixels or HxW, up to {_MOST_PIXELS}"
+    size = checked(_sides, lambda sides: all(0 < side <= _MOST_PIXELS for side in sides), wanted)
+    add_flag(network, "--image_size N", "side in pixels, or HxW (default: the model's, or 224)", type=size)
     add_flag(network, "--batch_size N", "images a batch", type=integer(1, most=2**20), default=8)
     add_flag(network, "--optimizer", "whose state counts", choices=[*STATES], default="adamw")
     add_flag(network, "--lr X", "of the head", type=number(), default=1e-3)
@@ -51,16 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_flags(schedule, "unfreeze_layer_decay", "unfreeze_norms", "unfreeze_on_refreeze", short=True)
 
 
-def _sides(text: str) -> tuple[int, ...]:
-    sides = tuple(map(int, text.lower().split("x")))
-    return sides * 2 if len(sides) == 1 else sides
-
-
-_size = checked(
-    _sides,
-    lambda sides: len(sides) == 2 and min(sides) > 0 and max(sides) <= _MOST_PIXELS,  # noqa: PLR2004  # height and width
-    f"a side in pixels or HxW, up to {_MOST_PIXELS}",
-)
+def _sides(text: str) -> tuple[int, int]:
+    height, x, width = text.lower().partition("x")
+    return int(height), int(width if x else height)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -69,7 +64,11 @@ def run(args: argparse.Namespace) -> None:
     stated, measured = _stated(args), None
     if args.encoder is not None:
         _schedule(args, stated, None)  # what can be refused before the model is built
-        measured = _measure(args)
+        from unfreeze_sched.plan.memory import measure  # noqa: PLC0415  # torch, where it is needed
+
+        measured = measure(
+            args.encoder, args.image_size, args.batch_size, args.optimizer, args.unfreeze_norms or "eval"
+        )
     plan = make_plan(
         _schedule(args, stated, len(measured.names) if measured else args.blocks),
         args.lr,
@@ -83,12 +82,6 @@ def run(args: argparse.Namespace) -> None:
         except OSError as error:
             raise _unwritable(args.plot, error.strerror) from error
     print(plan.model_dump_json(indent=2) if args.json else as_text(plan, args.plot))  # noqa: T201  # a command's voice
-
-
-def _measure(args: argparse.Namespace) -> Measured:
-    from unfreeze_sched.plan.memory import measure  # noqa: PLC0415  # torch, where it is needed
-
-    return measure(args.encoder, args.image_size, args.batch_size, args.optimizer, args.unfreeze_norms or "eval")
 
 
 def _plotter(path: Path) -> Any:

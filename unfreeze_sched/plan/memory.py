@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
+from importlib import import_module
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -182,7 +183,12 @@ def fake_model(name: str, image_size: Size | None, batch_size: int) -> FakeModel
 
 
 def _built(name: str, image_size: Size | None) -> tuple[nn.Module, str]:
-    smp, timm = _library("segmentation_models_pytorch"), _library("timm")
+    smp: Any = None
+    timm: Any = None
+    with suppress(ModuleNotFoundError):
+        smp = import_module("segmentation_models_pytorch")
+    with suppress(ModuleNotFoundError):
+        timm = import_module("timm")
     if smp is None and timm is None:
         raise ModuleNotFoundError(
             "`--encoder` needs segmentation_models_pytorch or timm, of which none is installed; "
@@ -211,13 +217,6 @@ def _built(name: str, image_size: Size | None) -> tuple[nn.Module, str]:
         f"did you mean {' or '.join(near)}" if near else "see smp.encoders.get_encoder_names() and timm.list_models()"
     )
     raise ValueError(f"`--encoder` must be a name that smp or timm knows, got {short(name)}; {hint}")
-
-
-def _library(name: str) -> Any:
-    try:
-        return __import__(name)
-    except ModuleNotFoundError:
-        return None
 
 
 def _to_fake(model: nn.Module, mode: FakeTensorMode) -> None:

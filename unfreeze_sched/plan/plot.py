@@ -62,14 +62,14 @@ def _draw_memory(axes: Axes, plan: Plan) -> None:
     memories = [phase.memory for phase in plan.phases if phase.memory is not None]
     starts = [phase.first_epoch for phase in plan.phases]
     widths = [phase.last_epoch + 1 - phase.first_epoch for phase in plan.phases]
-    floor = [0.0] * len(memories)
+    unit, floor = unit_of(plan), [0.0] * len(memories)
     style: dict[str, Any] = {"align": "edge", "edgecolor": "white", "linewidth": 0.8}
     for kind, colour in _KINDS.items():
-        sizes = [getattr(memory, kind) / BYTES[unit_of(plan)] for memory in memories]
+        sizes = [getattr(memory, kind) / BYTES[unit] for memory in memories]
         axes.bar(starts, sizes, widths, bottom=floor, color=colour, label=kind, **style)
         floor = list(map(add, floor, sizes))
     batch = f", batch of {plan.encoder.batch_size}" if plan.encoder else ""
-    axes.set_ylabel(f"{unit_of(plan)}{batch}")
+    axes.set_ylabel(f"{unit}{batch}")
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_ylim(0, 1.25 * max(floor))  # room for the legend
     axes.legend(loc="upper left", frameon=False, fontsize=8, ncols=len(_KINDS))

@@ -1,14 +1,12 @@
 """Images with masks: the embedded sample, which is kept decoded, or folders of one's own, which may be large."""
 
-import io
 import os
-import zipfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from importlib import resources
 from pathlib import Path
 from typing import Literal
+from zipfile import ZipFile
 
 import numpy as np
 import torch
@@ -16,8 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from unfreeze_sched._checks import plain
-from unfreeze_sched.distill.command.files import DataError, File, Pair, Values, pairs_of, square_of
-from unfreeze_sched.distill.command.masks import look, settle
+from unfreeze_sched.distill.command.files import DataError, File, Pair, Values, look, pairs_of, settle, square_of
 from unfreeze_sched.distill.loss import IGNORE_INDEX
 
 CLASS_NAMES = ("background", "animal", "food", "vehicle", "face")  # of the embedded sample, by index
@@ -152,8 +149,7 @@ def load_sample(
     """
     if split not in ("train", "test"):
         raise DataError(f"`split` must be 'train' or 'test', got {split!r}; take 'train' and its .split() to validate")
-    stored = (resources.files("unfreeze_sched.distill.command") / "sample" / "sample.zip").read_bytes()
-    with zipfile.ZipFile(io.BytesIO(stored)) as archive:
+    with ZipFile(Path(__file__).parent / "sample" / "sample.zip") as archive:
         files = [File(name, archive.read(name)) for name in archive.namelist() if name.startswith(f"{split}/")]
     half = len(files) // 2  # sorted: first the images, then the masks, in the same order
     pairs = tuple(Pair(Path(i.label).stem, i, m) for i, m in zip(files[:half], files[half:], strict=True))
@@ -201,7 +197,7 @@ def load_folders(
     names = tuple(map(str, range(number)))
     data = []
     for pairs, part in zip(parts, looks, strict=True):
-        shown = [frozenset(index[value] for value in each.seen) - {IGNORE_INDEX} for each in part]
-        seen = tuple(replace(pair, classes=each) for pair, each in zip(pairs, shown, strict=True))
-        data.append(SegmentationData(seen, names, image_size, mean, std, meaning, white))
+        shown = (frozenset(index[value] for value in each.seen) - {IGNORE_INDEX} for each in part)
+        told = tuple(pair._replace(classes=classes) for pair, classes in zip(pairs, shown, strict=True))
+        data.append(SegmentationData(told, names, image_size, mean, std, meaning, white))
     return data
