@@ -89,16 +89,8 @@ _FLAGS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "unfreeze_no_decay": ("", "no weight decay for the blocks' norms and biases", {"default": None}),
     "unfreeze_warmup_steps": ("N", "optimizer steps over which a joining block's rate rises", {"type": integer(0)}),
     "unfreeze_norms": ("MODE", NORMS_HELP, {"choices": NORMS}),
-    "unfreeze_on_refreeze": (
-        "MODE",
-        "keep (the default) or drop the optimizer state of a block that is frozen again",
-        {"choices": ["keep", "drop"]},
-    ),
-    "unfreeze_membership": (
-        "",
-        "blocks' groups: made as they join (late, the default), or empty now",
-        {"choices": ["late", "declared"]},
-    ),
+    "unfreeze_on_refreeze": ("MODE", "keep (default) or drop a refrozen block's state", {"choices": ["keep", "drop"]}),
+    "unfreeze_membership": ("", "blocks' groups: late (default), or empty now", {"choices": ["late", "declared"]}),
 }
 
 

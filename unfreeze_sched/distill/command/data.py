@@ -1,11 +1,13 @@
 """Images with masks: the embedded sample, which is kept decoded, or folders of one's own, which may be large."""
 
+import argparse
 import os
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from zipfile import ZipFile
 
 import numpy as np
@@ -13,16 +15,20 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from unfreeze_sched._checks import plain
+from unfreeze_sched._checks import listed, plain
+from unfreeze_sched.distill.checkpoints import classes_of
 from unfreeze_sched.distill.command.files import DataError, File, Pair, Values, look, pairs_of, settle, square_of
 from unfreeze_sched.distill.loss import IGNORE_INDEX
 
 CLASS_NAMES = ("background", "animal", "food", "vehicle", "face")  # of the embedded sample, by index
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+IMAGENET_NORMALISATION = (IMAGENET_MEAN, IMAGENET_STD)  # of most ImageNet weights, torchvision's among them
 
 _MANY = 1_000  # images that take a while
 _LARGE = 178_956_970  # pixels: where Pillow warns
+_HELD_OUT = 0.2  # of the images for the test, and of the rest for validation
+_NAMED = 10  # classes in one line
 
 Triple = tuple[float, float, float]  # by band, R, G, B, for values from 0 to 1
 
@@ -201,3 +207,104 @@ def load_folders(
         told = tuple(pair._replace(classes=classes) for pair, classes in zip(pairs, shown, strict=True))
         data.append(SegmentationData(told, names, image_size, mean, std, meaning, white))
     return data
+
+
+# --- a run's parts
+
+
+def data_of(args: argparse.Namespace, tell: Callable[[str], object]) -> tuple[SegmentationData, ...]:
+    """Training, validation and test part; what there is to say of the files is told, line by line."""
+    if args.data is not None:
+        return _own(args, tell)
+    for flag in ("classes", "mask_values", "val", "test"):
+        if (value := getattr(args, flag)) is not None:
+            raise DataError(f"`--{flag.replace('_', '-')}` must come with --data, got {value} alone; add --data DIR")
+    whole, test = (load_sample(part, **_items(args)) for part in ("train", "test"))
+    return *whole.split(_HELD_OUT, seed=args.seed), test
+
+
+def _own(args: argparse.Namespace, tell: Callable[[str], object]) -> tuple[SegmentationData, ...]:
+    values = None if args.mask_values is None else tuple(map(int, args.mask_values.split(",")))
+    if values is not None and args.classes not in (None, len(values)):
+        raise DataError(
+            f"`--classes` must be the number of --mask-values, {len(values)}, got {args.classes}; leave it out"
+        )
+    given = {flag: folder for flag in ("val", "test") if (folder := getattr(args, flag)) is not None}
+    for flag, folder in given.items():
+        if Path(folder).resolve() == Path(args.data).resolve():
+            raise DataError(f"`--{flag}` must be another folder than --data, got {folder} for both; leave it out")
+    folders = args.data, *given.values()
+    whole, *others = load_folders(*folders, classes=args.classes, mask_values=values, tell=tell, **_items(args))
+    parts = _parts(whole, dict(zip(given, others, strict=True)), args.seed)
+    shown = [{place for pair in part.pairs for place in pair.classes} for part in parts]
+    for name, classes in zip(("training", "validation", "test"), shown, strict=True):
+        if not classes:
+            raise DataError(
+                f"the {name} images must show a class in their central squares, got 255 alone, which is ignored; "
+                "add images that do"
+            )
+    if absent := [str(place) for place in range(whole.classes) if place not in shown[0]]:
+        tell(f"no training image has class {listed(absent, _NAMED)}")
+    return parts
+
+
+def _parts(whole: SegmentationData, parts: dict[str, SegmentationData], seed: int) -> tuple[SegmentationData, ...]:
+    """All three, where some may be given: what is not is held out of the whole."""
+    missing = [purpose for flag, purpose in (("val", "to validate"), ("test", "to test")) if flag not in parts]
+    if len(whole) < 2 + len(missing):
+        also = "".join(f", one {purpose}" for purpose in missing)
+        ways = ", or give --val DIR and --test DIR" if missing else ""
+        raise DataError(
+            f"`--data` must hold {2 + len(missing)} images or more: two to train on{also}, got {len(whole)}; "
+            f"add images{ways}"
+        )
+    for flag in ("test", "val"):
+        if flag not in parts:
+            whole, parts[flag] = whole.split(_HELD_OUT, seed=seed)
+    return whole, parts["val"], parts["test"]
+
+
+def _items(args: argparse.Namespace) -> dict[str, Any]:
+    """The items' side, and the normalisation that the student's weights want."""
+    try:
+        mean, std = normalisation(args.student_encoder)
+    except ValueError:  # a name that timm does not know; most of these weights were trained with the usual constants
+        mean, std = IMAGENET_NORMALISATION
+    return {"image_size": args.image_size, "mean": mean, "std": std}
+
+
+def classes_for(teacher: str | None, data: SegmentationData) -> int:
+    """Output channels: one for a binary teacher, else one a class."""
+    return 1 if teacher is not None and data.classes == 2 and classes_of(teacher) == 1 else data.classes  # noqa: PLR2004  # two classes are a binary mask
+
+
+def normalisation(encoder_name: str) -> tuple[Triple, Triple]:
+    """Mean and standard deviation that an encoder's ImageNet weights want, of RGB in [0, 1]; from timm's records.
+
+    smp's own `get_preprocessing_params` says the same, but asks a model hub.
+
+    Example:
+        >>> normalisation("timm-tf_efficientnet_lite0")
+        ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    """
+    from timm.models import get_pretrained_cfg  # noqa: PLC0415  # on use, since the data alone needs none of it
+
+    try:
+        record = get_pretrained_cfg(timm_name(encoder_name))
+    except RuntimeError:
+        record = None
+    if record is None:
+        raise ValueError(
+            f"`encoder_name` must be one that timm has weights for, got {encoder_name!r}; "
+            "use IMAGENET_NORMALISATION if its weights were trained with it"
+        )
+    return tuple(record.mean), tuple(record.std)
+
+
+def timm_name(encoder_name: str) -> str:
+    """Name in timm of the model whose weights smp gives the encoder."""
+    if not isinstance(encoder_name, str):
+        raise TypeError(f"`encoder_name` must be a string, got {encoder_name!r}; pass smp's name of the encoder")
+    # smp's `timm-efficientnet-b0` is the TensorFlow port, in timm `tf_efficientnet_b0`.
+    name = re.sub(r"^timm-efficientnet-", "tf_efficientnet_", encoder_name)
+    return re.sub(r"^(timm|tu)-", "", name)

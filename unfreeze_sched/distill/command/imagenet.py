@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from importlib import import_module
 from importlib.util import find_spec
 
 import torch
-from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
 from unfreeze_sched.distill.checkpoints import refuse_misfits
-from unfreeze_sched.distill.command.data import IMAGENET_MEAN, IMAGENET_STD, Triple
+from unfreeze_sched.distill.command.data import timm_name
 from unfreeze_sched.distill.wrapper import load_student_weights
-
-Normalisation = tuple[Triple, Triple]  # mean and standard deviation
-
-IMAGENET_NORMALISATION: Normalisation = (IMAGENET_MEAN, IMAGENET_STD)
-"""That of most ImageNet weights, torchvision's among them."""
 
 # timm's name -> (package, class that knows where its file lies).
 _PACKAGES = {
@@ -30,7 +23,7 @@ _TRAINED_EPS = 1e-3
 
 def has_imagenet_package(encoder_name: str) -> bool:
     """Whether this encoder's ImageNet weights are installed as a package."""
-    package, _ = _PACKAGES.get(_timm(encoder_name), ("", ""))
+    package, _ = _PACKAGES.get(timm_name(encoder_name), ("", ""))
     return bool(package) and find_spec(package) is not None
 
 
@@ -70,44 +63,14 @@ def imagenet_state(model: nn.Module, encoder_name: str) -> dict[str, Tensor]:
     return state
 
 
-def normalisation(encoder_name: str) -> Normalisation:
-    """Mean and standard deviation that an encoder's ImageNet weights want, of RGB in [0, 1]; from timm's records.
-
-    smp's own `get_preprocessing_params` says the same, but asks a model hub.
-
-    Example:
-        >>> normalisation("timm-tf_efficientnet_lite0")
-        ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-    """
-    try:
-        record = get_pretrained_cfg(_timm(encoder_name))
-    except RuntimeError:
-        record = None
-    if record is None:
-        raise ValueError(
-            f"`encoder_name` must be one that timm has weights for, got {encoder_name!r}; "
-            "use IMAGENET_NORMALISATION if its weights were trained with it"
-        )
-    return tuple(record.mean), tuple(record.std)
-
-
-def _timm(encoder_name: str) -> str:
-    """Name in timm of the model whose weights smp gives the encoder."""
-    if not isinstance(encoder_name, str):
-        raise TypeError(f"`encoder_name` must be a string, got {encoder_name!r}; pass smp's name of the encoder")
-    # smp's `timm-efficientnet-b0` is the TensorFlow port, in timm `tf_efficientnet_b0`.
-    name = re.sub(r"^timm-efficientnet-", "tf_efficientnet_", encoder_name)
-    return re.sub(r"^(timm|tu)-", "", name)
-
-
 def _package_file(encoder_name: str) -> str:
     """Where the installed package keeps the weights."""
-    if _timm(encoder_name) not in _PACKAGES:
+    if timm_name(encoder_name) not in _PACKAGES:
         known = " or ".join(f"timm-{name}" for name in _PACKAGES)
         raise ValueError(
             f"`encoder_name` must be {known}, got {encoder_name!r}; for another encoder give a file of its weights"
         )
-    package, knower = _PACKAGES[_timm(encoder_name)]
+    package, knower = _PACKAGES[timm_name(encoder_name)]
     try:
         return str(getattr(import_module(package), knower).get_model_file_path())
     except ModuleNotFoundError:

@@ -21,9 +21,9 @@ from unfreeze_sched import Block, MilestonePreset, UnfreezeSchedule, encoder_blo
 from unfreeze_sched.arguments import preset_from
 from unfreeze_sched.distill.checkpoints import replacing, save_atomically
 from unfreeze_sched.distill.command.arms import Arm, Imitating, Settings
+from unfreeze_sched.distill.command.data import classes_for, data_of
 from unfreeze_sched.distill.command.evaluation import Evaluation, evaluate
 from unfreeze_sched.distill.command.imagenet import load_first_weights
-from unfreeze_sched.distill.command.inputs import classes_for, data_of
 from unfreeze_sched.distill.command.ranks import Ranks, joined
 from unfreeze_sched.distill.command.records import around_transitions
 from unfreeze_sched.distill.command.report import draw_report, phase_table
