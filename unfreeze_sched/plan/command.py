@@ -14,8 +14,7 @@ from pydantic import ValidationError
 
 from unfreeze_sched._checks import one_line, short
 from unfreeze_sched.arguments import PRESET_FLAGS, add_flag, add_flags, checked, integer, number, overrides
-from unfreeze_sched.plan.phases import STATES, make_plan
-from unfreeze_sched.plan.table import as_text
+from unfreeze_sched.plan.phases import STATES, as_text, make_plan
 from unfreeze_sched.schedule import PRESETS, UnfreezeSchedule, preset_for
 
 # No network has more, and a table of more rows is read by nobody.

@@ -105,15 +105,7 @@ def saved_activations(fake: FakeModel, blocks: tuple[Block, ...], number: int, n
 
 @contextmanager
 def saved_for_backward(model: nn.Module) -> Iterator[list[torch.UntypedStorage]]:
-    """The storages that a forward pass within the context saves for backward, each once, the model's own aside.
-
-    Example:
-        >>> layer = nn.Linear(8, 8)
-        >>> with saved_for_backward(layer) as kept:
-        ...     loss = layer(torch.zeros(4, 8)).tanh().sum()
-        >>> sum(storage.nbytes() for storage in kept)  # the weight's gradient takes the input, tanh's its own output
-        256
-    """
+    """The storages that a forward pass within the context saves for backward, each once, the model's own aside."""
     seen = {_key(tensor) for tensor in chain(model.parameters(), model.buffers())}
     kept: list[torch.UntypedStorage] = []  # alive, so that no key is used twice
 

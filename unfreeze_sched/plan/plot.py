@@ -14,8 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator
 
 from unfreeze_sched.history import draw_rows
-from unfreeze_sched.plan.phases import Plan
-from unfreeze_sched.plan.table import BYTES, in_short, title, unit_of
+from unfreeze_sched.plan.phases import BYTES, Plan, in_short, title, unit_of
 
 _APART = 0.035  # of the axis: epochs of transitions nearer than that would overlap
 _KINDS = {"weights": "#8c8c8c", "gradients": "#d98b5f", "optimizer": "#5f8fb5", "activations": "#6aa56a"}

