@@ -127,11 +127,9 @@ def add_flags(group: Any, *names: str, auto: bool = False, short: bool = False) 
         if name == "unfreeze_preset":
             attempts.insert(0, "--preset")
         for attempt in attempts:
-            try:
+            with suppress(argparse.ArgumentError):  # the parser has it
                 add_flag(group, f"{attempt} {metavar}", text, dest=name, **options)
                 break
-            except argparse.ArgumentError:  # the parser has it
-                continue
         else:
             raise ValueError(
                 f"`parser` must leave --{name} free, got one that has it; "

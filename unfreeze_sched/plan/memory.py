@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from importlib import import_module
@@ -43,50 +43,38 @@ def measure(name: str, image_size: Size | None, batch_size: int, optimizer: str,
     unused = [outside[parameter] for parameter in outside if parameter not in used or not parameter.requires_grad]
     if norms == "fixed":
         blocks = freezing.with_fixed_norms(blocks)
-        freezing.set_requires_grad(
-            chain.from_iterable(block.fixed for block in blocks), requires_grad=False, flipped=[]
-        )
-    per_block = [list(block.parameters()) for block in blocks]
-
-    def state(parameters: list[nn.Parameter]) -> int:
-        return sum(STATES[optimizer](parameter.shape, parameter.element_size()) for parameter in parameters)
-
+        fixed = chain.from_iterable(block.fixed for block in blocks)
+        freezing.set_requires_grad(fixed, requires_grad=False, flipped=[])
+    groups = [head, *(list(block.parameters()) for block in blocks)]
+    state = STATES[optimizer]
+    numbers = [sum(each.numel() for each in group) for group in groups]
+    gradients = [sum(each.nbytes for each in group) for group in groups]
+    states = [sum(state(each.shape, each.element_size()) for each in group) for group in groups]
     stored = {_key(tensor): tensor for tensor in chain(fake.model.parameters(), fake.model.buffers())}
     return Measured(
         encoder=Encoder(
             name=name,
             model=fake.kind,
-            parameters=_count(fake.model.parameters()),
-            head_parameters=_count(head),
+            parameters=sum(each.numel() for each in fake.model.parameters()),
+            head_parameters=numbers[0],
             unused=tuple(unused),
             image_size=tuple(fake.batch.shape[-2:]),
             batch_size=batch_size,
             optimizer=optimizer,
         ),
         names=tuple(block.name for block in blocks),
-        parameters=tuple(map(_count, per_block)),
-        head_bytes=_bytes(head),
-        gradient_bytes=tuple(map(_bytes, per_block)),
-        head_state=state(head),
-        state_bytes=tuple(map(state, per_block)),
+        parameters=tuple(numbers[1:]),
+        head_bytes=gradients[0],
+        gradient_bytes=tuple(gradients[1:]),
+        head_state=states[0],
+        state_bytes=tuple(states[1:]),
         weights=sum(tensor.untyped_storage().nbytes() for tensor in stored.values()),
         activations=cache(lambda number: saved_activations(fake, blocks, number, norms)),
     )
 
 
-def _count(parameters: Iterable[nn.Parameter]) -> int:
-    return sum(parameter.numel() for parameter in parameters)
-
-
-def _bytes(parameters: Iterable[nn.Parameter]) -> int:
-    return sum(parameter.nbytes for parameter in parameters)
-
-
 def saved_activations(fake: FakeModel, blocks: tuple[Block, ...], number: int, norms: freezing.Norms) -> int:
-    """Bytes that a forward pass in training mode saves for backward, with so many of the deepest blocks unfrozen.
-
-    Every storage counts once, whole and whichever views of it are saved.
-    """
+    """Bytes that a forward pass in training mode saves for backward, with so many of the deepest blocks unfrozen."""
     fake.model.train()
     for depth, block in enumerate(reversed(blocks)):
         if depth < number:
