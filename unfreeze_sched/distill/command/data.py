@@ -276,14 +276,12 @@ def normalisation(encoder_name: str) -> tuple[Triple, Triple]:
     from timm.models import get_pretrained_cfg  # noqa: PLC0415  # on use, since the data alone needs none of it
 
     try:
-        record = get_pretrained_cfg(timm_name(encoder_name))
+        record = get_pretrained_cfg(timm_name(encoder_name), allow_unregistered=False)
     except RuntimeError:
-        record = None
-    if record is None:
         raise ValueError(
             f"`encoder_name` must be one that timm has weights for, got {encoder_name!r}; "
             "use IMAGENET_NORMALISATION if its weights were trained with it"
-        )
+        ) from None
     return tuple(record.mean), tuple(record.std)
 
 
