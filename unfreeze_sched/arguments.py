@@ -1,7 +1,6 @@
-"""Flags for an existing script, `add_unfreeze_arguments`, and what turns them into an unfreezer, `unfreezer_from_args`.
+"""Flags for an existing script, and what turns them into an unfreezer; adding and parsing them needs no torch.
 
-Adding and parsing them needs no torch, so that `--help` and a wrong flag are answered at once. All values are None
-where the flag was not given, so that a flag can override a preset's value, or the script's own default.
+A value is None where its flag was not given, so that a flag can override a preset's value, or the script's default.
 """
 
 from __future__ import annotations
@@ -9,7 +8,9 @@ from __future__ import annotations
 import argparse
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from contextlib import suppress
+from math import inf
+from typing import TYPE_CHECKING, Any
 
 from unfreeze_sched._checks import short
 from unfreeze_sched.schedule import PRESETS, MilestonePreset, RatePreset, UnfreezeSchedule, preset_for
@@ -21,128 +22,83 @@ if TYPE_CHECKING:
     from unfreeze_sched.model import Block
     from unfreeze_sched.unfreezer import ProgressiveUnfreezer
 
-IMPLIES = "any --preset or --unfreeze_* flag unfreezes progressively; without one the encoder trains from epoch 0"
+
+# --- any flag
 
 
-def integer(minimum: int, of: int = 1, most: int | None = None) -> Callable[[str], int]:
+def checked(convert: Callable[[str], Any], fits: Callable[[Any], bool], wanted: str) -> Callable[[str], Any]:
+    """An argparse type: what `convert` makes of a text, where that fits; else the error says what was wanted."""
+
+    def parse(text: str) -> Any:
+        with suppress(ValueError):
+            if fits(value := convert(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"must be {wanted}, got {short(text)}")
+
+    return parse
+
+
+def integer(minimum: int, of: int = 1, most: float = inf) -> Callable[[str], int]:
     """An argparse type: an integer from `minimum` to `most`, a multiple of `of`."""
-
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = minimum - 1
-        if value < minimum or value % of or (most is not None and value > most):
-            more = (f" and a multiple of {of}" if of > 1 else "") + ("" if most is None else f" and at most {most}")
-            raise argparse.ArgumentTypeError(f"must be an integer of at least {minimum}{more}, got {short(text)}")
-        return value
-
-    return parse
+    more = (f" and a multiple of {of}" if of > 1 else "") + (f" and at most {most}" if most < inf else "")
+    wanted = f"an integer of at least {minimum}{more}"
+    return checked(int, lambda value: minimum <= value <= most and value % of == 0, wanted)
 
 
-def number(most: float = float("inf")) -> Callable[[str], float]:
+def number(most: float = inf) -> Callable[[str], float]:
     """An argparse type: a finite number above 0, up to `most`."""
-
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = 0.0
-        if not 0 < value <= most or value == float("inf"):
-            bound = "" if most == float("inf") else f" and at most {most:g}"
-            raise argparse.ArgumentTypeError(f"must be a number above 0{bound}, got {short(text)}")
-        return value
-
-    return parse
+    wanted = "a number above 0" + (f" and at most {most:g}" if most < inf else "")
+    return checked(float, lambda value: 0 < value <= most and value < inf, wanted)
 
 
-def spellings(name: str) -> tuple[str, ...]:
-    """`--a_b` and `--a-b`, or `--a` alone.
+def add_flag(group: Any, usage: str, text: str, **options: Any) -> None:
+    """Add a flag to a parser or group by its usage, `--name METAVAR` or `--switch`, and its help.
 
-    Example:
-        >>> spellings("unfreeze_start")
-        ('--unfreeze_start', '--unfreeze-start')
+    A name with an underscore has a dashed spelling too; a default is told where the text does not tell of one.
     """
-    return tuple(dict.fromkeys(("--" + name, "--" + name.replace("_", "-"))))
+    words = usage.split()
+    names = [word for word in words if word.startswith("--")]
+    if metavar := words[len(names) :]:
+        options["metavar"] = metavar[0]
+    elif "choices" not in options:
+        options["action"] = "store_true"
+    if options.get("default") is not None and "default" not in text:
+        text += " (default: %(default)s)"
+    spelt = dict.fromkeys(spelling for name in names for spelling in (name, name.replace("_", "-")))
+    group.add_argument(*spelt, help=text, **options)
 
 
-class _Flag(NamedTuple):
-    keyword: str | None  # of ProgressiveUnfreezer; None for what goes into the preset
-    short: str | None  # a second name, for a parser of our own
-    options: dict[str, Any]
+# --- the flags of progressive unfreezing
 
+NORMS = ("eval", "frozen", "fixed", "train")
+NORMS_HELP = (
+    "norm layers: in evaluation while their block is frozen (eval, the default), for good (frozen), for good and batch "
+    "norms' weights untrained (fixed), or never (train)"
+)
+PRESET_FLAGS = ("progressive_unfreeze", "unfreeze_preset", "unfreeze_start", "unfreeze_rate", "learning_rate_scale")
 
-# By destination. Names that a training script may well have itself (--layer-decay, --warmup-steps, --norms) begin with
-# `unfreeze_`; --preset is the contract's own name, and gives way where it is taken.
-_FLAGS = {
-    "progressive_unfreeze": _Flag(None, None, {"action": "store_true", "help": "by the medium preset"}),
-    "unfreeze_preset": _Flag(
-        None, None, {"choices": [*PRESETS], "help": "for fewer than 1,000, up to 10,000, or more images"}
-    ),
-    "unfreeze_start": _Flag(
-        None, None, {"type": integer(0), "metavar": "EPOCH", "help": "0-based epoch of the first block"}
-    ),
-    "unfreeze_rate": _Flag(
-        None, None, {"type": integer(1), "metavar": "EPOCHS", "help": "epochs from one block to the next"}
-    ),
-    "learning_rate_scale": _Flag(
-        "learning_rate_scale",
-        None,
-        {"type": number(1.0), "metavar": "X", "help": "blocks' learning rate over the head's, in (0, 1]"},
-    ),
-    "unfreeze_layer_decay": _Flag(
-        "layer_decay",
-        "layer_decay",
-        {"type": number(1.0), "metavar": "X", "help": "ratio of a block's rate to the next deeper one's, in (0, 1]"},
-    ),
-    "unfreeze_no_decay": _Flag(
-        "no_decay",
-        None,
-        {"action": "store_true", "default": None, "help": "no weight decay for the blocks' norms and biases"},
-    ),
-    "unfreeze_warmup_steps": _Flag(
-        "warmup_steps",
-        None,
-        {"type": integer(0), "metavar": "N", "help": "optimizer steps over which a joining block's rate rises"},
-    ),
-    "unfreeze_norms": _Flag(
-        "norms",
-        "norms",
-        {
-            "choices": ["eval", "frozen", "fixed", "train"],
-            "metavar": "MODE",
-            "help": "norm layers: in evaluation while their block is frozen (eval, the default), for good (frozen), "
-            "for good and batch norms' weights untrained (fixed), or never (train)",
-        },
-    ),
-    "unfreeze_on_refreeze": _Flag(
-        "on_refreeze",
-        "on_refreeze",
-        {
-            "choices": ["keep", "drop"],
-            "metavar": "MODE",
-            "help": "keep (the default) or drop the optimizer state of a block that is frozen again",
-        },
-    ),
-    "unfreeze_membership": _Flag(
-        "membership",
-        None,
-        {
-            "choices": ["late", "declared"],
-            "help": "blocks' groups: made as they join (late, the default), or empty now",
-        },
-    ),
+# By destination: metavar, help, options. Names that a training script may well have itself (--layer-decay, --norms)
+# begin with `unfreeze_`; all but those of the preset are the unfreezer's keywords behind it.
+_FLAGS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "progressive_unfreeze": ("", "by the medium preset", {}),
+    "unfreeze_preset": ("", "for fewer than 1,000, up to 10,000, or more images", {"choices": [*PRESETS]}),
+    "unfreeze_start": ("EPOCH", "0-based epoch of the first block", {"type": integer(0)}),
+    "unfreeze_rate": ("EPOCHS", "epochs from one block to the next", {"type": integer(1)}),
+    "learning_rate_scale": ("X", "blocks' learning rate over the head's, in (0, 1]", {"type": number(1)}),
+    "unfreeze_layer_decay": ("X", "ratio of a block's rate to the next deeper one's, in (0, 1]", {"type": number(1)}),
+    "unfreeze_no_decay": ("", "no weight decay for the blocks' norms and biases", {"default": None}),
+    "unfreeze_warmup_steps": ("N", "optimizer steps over which a joining block's rate rises", {"type": integer(0)}),
+    "unfreeze_norms": ("MODE", NORMS_HELP, {"choices": NORMS}),
+    "unfreeze_on_refreeze": ("MODE", "keep (default) or drop a refrozen block's state", {"choices": ["keep", "drop"]}),
+    "unfreeze_membership": ("", "blocks' groups: late (default), or empty now", {"choices": ["late", "declared"]}),
 }
 
 
 def add_unfreeze_arguments(parser: argparse.ArgumentParser, *, auto: bool = False) -> None:
     """Add the flags of progressive unfreezing to a script's parser; each has its dashed and its underscored spelling.
 
-    `--progressive_unfreeze`, `--preset`, `--unfreeze_start`, `--unfreeze_rate`, `--learning_rate_scale`,
-    `--unfreeze_layer_decay`, `--unfreeze_no_decay`, `--unfreeze_warmup_steps`, `--unfreeze_norms`,
-    `--unfreeze_on_refreeze` and `--unfreeze_membership`. Any `--preset` or `--unfreeze_*` flag implies
-    `--progressive_unfreeze`, without which the encoder trains from epoch 0. Where the parser has a `--preset` of its
-    own, ours is `--unfreeze_preset` alone.
+    Any `--preset` or `--unfreeze_*` flag implies `--progressive_unfreeze`, without which the encoder trains from epoch
+    0. Where the parser has a `--preset` of its own, ours is `--unfreeze_preset` alone.
 
     Args:
         parser: The script's parser, any time before it parses.
@@ -157,70 +113,47 @@ def add_unfreeze_arguments(parser: argparse.ArgumentParser, *, auto: bool = Fals
         >>> parser.parse_args(["--preset", "large", "--unfreeze_start", "3"]).unfreeze_start
         3
     """
-    add_flags(parser.add_argument_group("progressive unfreezing", IMPLIES), *_FLAGS, auto=auto)
+    implied = "any --preset or --unfreeze_* flag unfreezes progressively; without one the encoder trains from epoch 0"
+    add_flags(parser.add_argument_group("progressive unfreezing", implied), *_FLAGS, auto=auto)
 
 
 def add_flags(group: Any, *names: str, auto: bool = False, short: bool = False) -> None:
-    """Add some of the flags to a parser or group.
-
-    Args:
-        group: Where they are listed.
-        names: Their destinations.
-        auto: As for `add_unfreeze_arguments`.
-        short: Also without the prefix `unfreeze_`, for a parser of our own.
-    """
+    """Add some of the flags to a parser or group, by destination; `short` ones without the prefix too, for our own."""
     for name in names:
-        flag = _FLAGS[name]
-        options = dict(flag.options)
+        metavar, text, options = _FLAGS[name]
         if auto and name == "unfreeze_preset":
-            options |= {"choices": [*PRESETS, "auto"], "help": "auto goes by the number of training images"}
-        attempts = [spellings(name)]
+            text, options = "auto goes by the number of training images", {"choices": [*PRESETS, "auto"]}
+        attempts = [f"--{name.removeprefix('unfreeze_')} --{name}" if short else f"--{name}"]
         if name == "unfreeze_preset":
-            attempts.insert(0, spellings("preset"))
-        elif short and flag.short:
-            attempts = [(*spellings(flag.short), *spellings(name))]
-        _add_first_free(group, attempts, dest=name, **options)
-
-
-def _add_first_free(group: Any, attempts: list[tuple[str, ...]], **options: Any) -> None:
-    """Add a flag by the first names that the parser does not have yet."""
-    for names in attempts:
-        try:
-            group.add_argument(*names, **options)
-        except argparse.ArgumentError:
-            continue
-        return
-    raise ValueError(
-        f"`parser` must leave {attempts[-1][0]} free, got one that has it; "
-        "call add_unfreeze_arguments once, or rename your own flag"
-    )
+            attempts.insert(0, "--preset")
+        for attempt in attempts:
+            with suppress(argparse.ArgumentError):  # the parser has it
+                add_flag(group, f"{attempt} {metavar}", text, dest=name, **options)
+                break
+        else:
+            raise ValueError(
+                f"`parser` must leave --{name} free, got one that has it; "
+                "call add_unfreeze_arguments once, or rename your own flag"
+            )
 
 
 def preset_from(args: argparse.Namespace, n_images: int | None = None) -> RatePreset | None:
-    """The preset that the flags ask for, each flag overriding the preset's value; None where they ask for none.
-
-    Args:
-        args: The parsed arguments.
-        n_images: Number of training images, for `auto`.
-
-    Raises:
-        ValueError: A value that the preset refuses, arguments of another parser, or `auto` without `n_images`.
-    """
+    """The preset that the flags ask for, each overriding the preset's value; None where they ask for none."""
     asked = vars(args)
-    if missing := [name for name in ("progressive_unfreeze", "unfreeze_preset") if name not in asked]:
+    if not asked.keys() >= {"progressive_unfreeze", "unfreeze_preset"}:
         raise ValueError(
-            f"`args` must come from a parser that has the unfreezing flags, got none of {missing[0]!r}; "
+            "`args` must come from a parser that has the unfreezing flags, got none of 'progressive_unfreeze'; "
             "call add_unfreeze_arguments(parser) before it parses"
         )
-    implying = (name for name in _FLAGS if name.startswith("unfreeze_") or name == "progressive_unfreeze")
-    if all(asked.get(name) in (None, False) and type(asked.get(name)) is not int for name in implying):
+    implying = [asked.get(name) for name in _FLAGS if name != "learning_rate_scale"]
+    if all(value is None or value is False for value in implying):
         return None
-    if args.unfreeze_preset == "auto":
-        if n_images is None:
-            raise ValueError("`n_images` must be given for --preset auto, got None; pass the number of training images")
-        preset = preset_for(n_images)
-    else:
+    if args.unfreeze_preset != "auto":
         preset = PRESETS[args.unfreeze_preset or "medium"]
+    elif n_images is None:
+        raise ValueError("`n_images` must be given for --preset auto, got None; pass the number of training images")
+    else:
+        preset = preset_for(n_images)
     return preset.replace(**overrides(args))
 
 
@@ -247,7 +180,8 @@ def unfreezer_from_args(
 ) -> ProgressiveUnfreezer:
     """The unfreezer that the flags ask for; where they ask for none, one that unfreezes all blocks at epoch 0.
 
-    So the loop is the same either way: `unfreezer.apply(epoch)` before each epoch.
+    So the loop is the same either way: `unfreezer.apply(epoch)` before each epoch. Without progressive unfreezing the
+    blocks' learning rate is the head's, times the `--learning_rate_scale` if that is given.
 
     Args:
         args: The parsed arguments of a parser that `add_unfreeze_arguments` was called on.
@@ -259,22 +193,18 @@ def unfreezer_from_args(
         head: What trains from the start, as for `encoder_blocks`; left out where blocks are given.
         **keywords: Further ones of `ProgressiveUnfreezer`: the script's own defaults, which a flag overrides.
 
-    Returns:
-        The unfreezer. Without progressive unfreezing its blocks' learning rate is the head's, times the
-        `--learning_rate_scale` if that is given.
-
     Raises:
         TypeError: As the constructor of `ProgressiveUnfreezer`.
         ValueError: As there, and for a schedule that does not fit the run.
 
     Example:
         >>> import torch
+        >>> from unfreeze_sched import Block
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
         >>> parser = argparse.ArgumentParser()
         >>> add_unfreeze_arguments(parser)
         >>> args = parser.parse_args(["--unfreeze_start", "1"])
         >>> optimizer = torch.optim.SGD(net[1].parameters(), lr=1.0)
-        >>> from unfreeze_sched import Block
         >>> unfreezer = unfreezer_from_args(args, [Block("first", (net[0],))], optimizer, total_epochs=3)
         >>> [bool(unfreezer.apply(epoch)) for epoch in range(3)]
         [False, True, False]
@@ -286,15 +216,17 @@ def unfreezer_from_args(
     from unfreeze_sched.unfreezer import ProgressiveUnfreezer  # noqa: PLC0415  # likewise
 
     preset: RatePreset | MilestonePreset | None = preset_from(args, n_images)
-    is_model = isinstance(model_or_blocks, nn.Module)
-    if head is not None and not is_model:
+    if isinstance(model_or_blocks, nn.Module):
+        blocks = encoder_blocks(model_or_blocks, head=head)
+    elif head is None:
+        blocks = validate_blocks(model_or_blocks)
+    else:
         raise ValueError("`head` must be left out where blocks are given, got both; what is in no block is head")
-    blocks = encoder_blocks(model_or_blocks, head=head) if is_model else validate_blocks(model_or_blocks)  # type: ignore[arg-type]  # told apart by the flag
     if preset is None:
         preset = MilestonePreset(milestones={0: len(blocks)}, learning_rate_scale=1.0)
     schedule = UnfreezeSchedule(preset=preset, total_blocks=len(blocks), total_epochs=total_epochs)
-    asked = vars(args)
-    given = {flag.keyword: asked[name] for name, flag in _FLAGS.items() if flag.keyword and asked.get(name) is not None}
+    values = {name.removeprefix("unfreeze_"): vars(args).get(name) for name in _FLAGS if name not in PRESET_FLAGS[:-1]}
+    given = {keyword: value for keyword, value in values.items() if value is not None}
     with warnings.catch_warnings():
         if preset.learning_rate_scale == 1 and "learning_rate_scale" not in given:
             # Full fine-tuning at one rate is what a script without the flags does; nobody asked for a lower one.

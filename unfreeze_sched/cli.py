@@ -28,9 +28,6 @@ class _Parser(argparse.ArgumentParser):
 class _Version(argparse.Action):
     """Looks the version up where it is asked for, which takes longer than parsing."""
 
-    def __init__(self, option_strings: Sequence[str], dest: str, **keywords: Any) -> None:
-        super().__init__(option_strings, dest, 0, default=argparse.SUPPRESS, **keywords)
-
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
         try:
             number = metadata.version("unfreeze-sched")
@@ -43,64 +40,51 @@ class _Version(argparse.Action):
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line; it needs no torch."""
     parser = _Parser(prog="unfreeze-sched", description="Progressive unfreezing of pretrained networks.")
-    parser.add_argument("--version", action=_Version, help="say which version this is, and exit")
+    version = "say which version this is, and exit"
+    parser.add_argument("--version", action=_Version, nargs=0, default=argparse.SUPPRESS, help=version)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    distill = commands.add_parser(
-        "distill", help="the reference training run: distil a student, unfreezing its encoder"
-    )
-    add_distill_arguments(distill)
-    add_plan_arguments(
-        commands.add_parser("plan", help="what a schedule will do: blocks, learning rates and memory by phase")
-    )
+    purpose = "the reference training run: distil a student, unfreezing its encoder"
+    add_distill_arguments(commands.add_parser("distill", help=purpose))
+    purpose = "what a schedule will do: blocks, learning rates and memory by phase"
+    add_plan_arguments(commands.add_parser("plan", help=purpose))
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line.
+    """Run the command line: the words after the program's name, by default the process's.
 
-    Args:
-        argv: Arguments after the program's name; None takes the process's.
-
-    Returns:
-        The exit code: 0, 2 for wrong input, 130 when interrupted, 1 where nobody reads the output any more.
+    The exit code is 0, 2 for wrong input, 130 when interrupted, 1 where nobody reads the output any more.
     """
-    _reopen_closed()
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # a shell closed it: lest the next file that is opened takes its place
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: PTH123, SIM115  # for good
     words = sys.argv[1:] if argv is None else list(argv)
     try:
         try:
-            _carry_out(_parsed(words), words[1:])
+            args = _parsed(words)
+            if args.command == "plan":
+                plan(args)
+            else:
+                _distill(args, words[1:])
         finally:
             sys.stdout.flush()  # here, where what comes of it is still one line
-    except ValidationError as error:
-        return _fail(one_line(error))
     except BrokenPipeError:  # whoever read the output had enough of it, as `head` does
         _drop_output()
         return 1
     except (ValueError, OSError, ModuleNotFoundError) as error:
-        return _fail(str(error))
+        try:
+            sys.stdout.flush()
+        except OSError:  # a full disk
+            _drop_output()
+        text = one_line(error) if isinstance(error, ValidationError) else str(error)
+        return _end(2, plain(" ".join(text.split())))
     except KeyboardInterrupt:
-        if _speaks():
-            print("unfreeze-sched: interrupted; what was written is whole", file=sys.stderr)  # noqa: T201  # a command's voice
-        return 130
+        return _end(130, "interrupted; what was written is whole")
     except Exception:
         if _speaks():
             raise
         return 1  # another rank has failed, which ended this one
     return 0
-
-
-def _carry_out(args: argparse.Namespace, words: Sequence[str]) -> None:
-    if args.command == "distill":
-        _distill(args, words)
-    else:
-        plan(args)
-
-
-def _reopen_closed() -> None:
-    """Give the streams that a shell has closed a place to go, lest the next file that is opened takes theirs."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: PTH123, SIM115  # for good
 
 
 def _parsed(words: Sequence[str]) -> argparse.Namespace:
@@ -109,17 +93,6 @@ def _parsed(words: Sequence[str]) -> argparse.Namespace:
         if word.startswith("--") and word.endswith("=--"):  # of which argparse makes an empty list
             parser.error(f"argument {word[:-3]}: must have a value, got '--'; write ./-- for a path of that name")
     return parser.parse_args(words)
-
-
-def _speaks() -> bool:
-    """Whether this process says what went wrong: the only one, or the first of torchrun's ranks that failed."""
-    if is_launched_alone():
-        return True
-    try:
-        from unfreeze_sched.distill.command.ranks import first_to_fail  # noqa: PLC0415  # needs torch
-    except ModuleNotFoundError:
-        return True
-    return first_to_fail()
 
 
 def _distill(args: argparse.Namespace, words: Sequence[str]) -> None:
@@ -132,16 +105,21 @@ def _distill(args: argparse.Namespace, words: Sequence[str]) -> None:
     run(args, words)
 
 
+def _speaks() -> bool:
+    """Whether this process says what went wrong: the only one, or the first of torchrun's ranks that failed."""
+    if is_launched_alone():
+        return True
+    from unfreeze_sched.distill.command.ranks import first_to_fail  # noqa: PLC0415  # needs torch
+
+    return first_to_fail()
+
+
+def _end(code: int, text: str) -> int:
+    if _speaks():
+        print(f"unfreeze-sched: {text}", file=sys.stderr)  # noqa: T201  # a command's voice
+    return code
+
+
 def _drop_output() -> None:
     """Let what is still to be written go nowhere, or Python would try again at its end, and say so at length."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _fail(message: str) -> int:
-    try:
-        sys.stdout.flush()
-    except OSError:  # a full disk
-        _drop_output()
-    if _speaks():
-        print(f"unfreeze-sched: {plain(' '.join(message.split()))}", file=sys.stderr)  # noqa: T201  # a command's voice
-    return 2

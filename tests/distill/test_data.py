@@ -85,13 +85,6 @@ def test_the_samples_items_are_kept_decoded() -> None:
     assert data.split(0.5, seed=0)[0].cache is data.cache
 
 
-def test_an_unknown_part_of_the_sample_is_refused() -> None:
-    """A part other than train and test is refused by name."""
-    assert refused(lambda: load_sample("val")) == (  # type: ignore[arg-type]
-        "`split` must be 'train' or 'test', got 'val'; take 'train' and its .split() to validate"
-    )
-
-
 # A folder
 
 
@@ -254,12 +247,3 @@ def test_jitter_changes_images_within_its_range_and_never_masks() -> None:
         assert torch.equal(plain[index][1], view[index][1])
         assert not torch.equal(plain[index][0], view[index][0])
         assert 0 <= float(view[index][0].min()) <= float(view[index][0].max()) <= 1
-
-
-@pytest.mark.parametrize("jitter", [-0.1, 1.5])
-def test_a_jitter_out_of_range_is_refused(jitter: float) -> None:
-    """A jitter below 0 or above 1 is refused."""
-    data = load_sample("test")
-    assert refused(lambda: data.epoch(epoch_generator(0, 0), jitter=jitter)) == (
-        f"`jitter` must be from 0 to 1, got {jitter}; 0 turns it off"
-    )

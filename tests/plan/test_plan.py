@@ -31,8 +31,7 @@ from unfreeze_sched import (
 )
 from unfreeze_sched.cli import main
 from unfreeze_sched.plan import memory
-from unfreeze_sched.plan.phases import STATES, Plan, make_plan
-from unfreeze_sched.plan.table import as_text
+from unfreeze_sched.plan.phases import STATES, Plan, as_text, make_plan
 
 # smp deprecates the `timm-` prefix, which users still have, in favour of `tu-`.
 pytestmark = pytest.mark.filterwarnings("ignore:`timm-` encoders are deprecated:DeprecationWarning")

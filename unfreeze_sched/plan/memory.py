@@ -1,19 +1,16 @@
-"""What a model's phases keep in memory, counted on fake tensors: nothing of its size is allocated.
-
-The model is built by its name on the meta device, and run on tensors that have a shape and no data.
-"""
+"""What a model's phases keep in memory, counted on tensors that have a shape and no data: nothing is allocated."""
 
 from __future__ import annotations
 
 import difflib
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,21 +18,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # the only part of tor
 from torch.overrides import TorchFunctionMode
 
 from unfreeze_sched._checks import short
-from unfreeze_sched.model import Block, encoder_blocks
-from unfreeze_sched.model.freezing import (
-    Norms,
-    freeze,
-    hold_in_eval,
-    norms_of,
-    release,
-    set_requires_grad,
-    unfreeze,
-    with_fixed_norms,
-)
+from unfreeze_sched.model import Block, encoder_blocks, freezing
 from unfreeze_sched.model.tracing import trace
 from unfreeze_sched.plan.phases import STATES, Encoder, Measured
 
-Size = tuple[int, int]
+Size = tuple[int, int]  # height and width in pixels
 
 _USUAL_SIZES = ((224, 224), (256, 256), (384, 384))
 
@@ -43,73 +30,61 @@ _USUAL_SIZES = ((224, 224), (256, 256), (384, 384))
 # --- counting
 
 
-def measure(name: str, image_size: Size | None, batch_size: int, optimizer: str, norms: Norms) -> Measured:
-    """What is known of a model by its name, before anything is allocated.
-
-    Args:
-        name: smp's or timm's.
-        image_size: Height and width in pixels; None takes the model's own.
-        batch_size: Images a batch.
-        optimizer: A key of `STATES`.
-        norms: As for `ProgressiveUnfreezer`.
-
-    Raises:
-        ModuleNotFoundError: Neither smp nor timm is installed.
-        ValueError: The model cannot be had or does not run.
-    """
+def measure(name: str, image_size: Size | None, batch_size: int, optimizer: str, norms: freezing.Norms) -> Measured:
+    """What is known of smp's or timm's model, by the batches and the optimizer that it would train with."""
     fake = fake_model(name, image_size, batch_size)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         blocks = encoder_blocks(fake.model, example_input=fake.batch)
         used = trace(fake.model, fake.batch).uses
-    names = {parameter: key for key, parameter in fake.model.named_parameters()}
-    in_blocks = {parameter for block in blocks for parameter in block.parameters()}
-    if norms == "fixed":
-        blocks = with_fixed_norms(blocks)
-        set_requires_grad(chain.from_iterable(block.fixed for block in blocks), requires_grad=False, flipped=[])
-    outside = {parameter: key for parameter, key in names.items() if parameter not in in_blocks}
+    within = {parameter for block in blocks for parameter in block.parameters()}
+    outside = {parameter: key for key, parameter in fake.model.named_parameters() if parameter not in within}
     head = [parameter for parameter in outside if parameter in used and parameter.requires_grad]
-    unused = [key for parameter, key in outside.items() if parameter not in set(head)]
-    encoder = Encoder(
-        name=name,
-        model=fake.kind,
-        parameters=_count(names),
-        head_parameters=_count(head),
-        unused=tuple(unused),
-        image_size=tuple(fake.batch.shape[-2:]),
-        batch_size=batch_size,
-        optimizer=optimizer,
-    )
-    per_block = [list(block.parameters()) for block in blocks]
+    unused = [outside[parameter] for parameter in outside if parameter not in used or not parameter.requires_grad]
+    if norms == "fixed":
+        blocks = freezing.with_fixed_norms(blocks)
+        fixed = chain.from_iterable(block.fixed for block in blocks)
+        freezing.set_requires_grad(fixed, requires_grad=False, flipped=[])
+    groups = [head, *(list(block.parameters()) for block in blocks)]
+    state = STATES[optimizer]
+    numbers = [sum(each.numel() for each in group) for group in groups]
+    gradients = [sum(each.nbytes for each in group) for group in groups]
+    states = [sum(state(each.shape, each.element_size()) for each in group) for group in groups]
+    stored = {_key(tensor): tensor for tensor in chain(fake.model.parameters(), fake.model.buffers())}
     return Measured(
-        encoder=encoder,
+        encoder=Encoder(
+            name=name,
+            model=fake.kind,
+            parameters=sum(each.numel() for each in fake.model.parameters()),
+            head_parameters=numbers[0],
+            unused=tuple(unused),
+            image_size=tuple(fake.batch.shape[-2:]),
+            batch_size=batch_size,
+            optimizer=optimizer,
+        ),
         names=tuple(block.name for block in blocks),
-        parameters=tuple(map(_count, per_block)),
-        head_bytes=_bytes(head),
-        gradient_bytes=tuple(map(_bytes, per_block)),
-        head_state=_state(optimizer, head),
-        state_bytes=tuple(_state(optimizer, parameters) for parameters in per_block),
-        weights=_stored(chain(fake.model.parameters(), fake.model.buffers())),
+        parameters=tuple(numbers[1:]),
+        head_bytes=gradients[0],
+        gradient_bytes=tuple(gradients[1:]),
+        head_state=states[0],
+        state_bytes=tuple(states[1:]),
+        weights=sum(tensor.untyped_storage().nbytes() for tensor in stored.values()),
         activations=cache(lambda number: saved_activations(fake, blocks, number, norms)),
     )
 
 
-def saved_activations(fake: FakeModel, blocks: tuple[Block, ...], number: int, norms: Norms) -> int:
-    """Bytes that a forward pass in training mode saves for backward, with the deepest blocks unfrozen.
-
-    Every storage counts once, whole and whichever views of it are saved.
-
-    Args:
-        fake: The model and its batch.
-        blocks: Its blocks, shallow to deep.
-        number: How many of them are unfrozen, from the deep end.
-        norms: As for `ProgressiveUnfreezer`, which treats the blocks in the same way.
-    """
+def saved_activations(fake: FakeModel, blocks: tuple[Block, ...], number: int, norms: freezing.Norms) -> int:
+    """Bytes that a forward pass in training mode saves for backward, with so many of the deepest blocks unfrozen."""
     fake.model.train()
     for depth, block in enumerate(reversed(blocks)):
-        (unfreeze if depth < number else freeze)(block)
-        if norms != "eval":
-            (release if norms == "train" else hold_in_eval)(norms_of(block))
+        if depth < number:
+            freezing.unfreeze(block)
+        else:
+            freezing.freeze(block)
+        if norms == "train":
+            freezing.release(freezing.norms_of(block))
+        elif norms != "eval":
+            freezing.hold_in_eval(freezing.norms_of(block))
     with warnings.catch_warnings(), fake.mode, torch.enable_grad(), saved_for_backward(fake.model) as kept:
         warnings.simplefilter("ignore")
         fake.model(fake.batch)
@@ -118,18 +93,7 @@ def saved_activations(fake: FakeModel, blocks: tuple[Block, ...], number: int, n
 
 @contextmanager
 def saved_for_backward(model: nn.Module) -> Iterator[list[torch.UntypedStorage]]:
-    """The storages that a forward pass within the context saves for its backward pass, each once.
-
-    Args:
-        model: Its parameters and buffers are there anyway, and are not counted.
-
-    Example:
-        >>> layer = nn.Linear(8, 8)
-        >>> with saved_for_backward(layer) as kept:
-        ...     loss = layer(torch.zeros(4, 8)).tanh().sum()
-        >>> sum(storage.nbytes() for storage in kept)  # the weight's gradient takes the input, tanh's its own output
-        256
-    """
+    """The storages that a forward pass within the context saves for backward, each once, the model's own aside."""
     seen = {_key(tensor) for tensor in chain(model.parameters(), model.buffers())}
     kept: list[torch.UntypedStorage] = []  # alive, so that no key is used twice
 
@@ -148,41 +112,16 @@ def _key(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)  # noqa: SLF001  # torch's own fake mode keys its memos by it
 
 
-def _stored(tensors: Iterable[Tensor]) -> int:
-    storages = {_key(tensor): tensor.untyped_storage().nbytes() for tensor in tensors}
-    return sum(storages.values())
-
-
-def _count(parameters: Iterable[nn.Parameter]) -> int:
-    return sum(parameter.numel() for parameter in parameters)
-
-
-def _bytes(parameters: Iterable[nn.Parameter]) -> int:
-    return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
-
-
-def _state(optimizer: str, parameters: Iterable[nn.Parameter]) -> int:
-    return sum(STATES[optimizer](parameter.shape, parameter.element_size()) for parameter in parameters)
-
-
 # --- a model without data
 
 
-@dataclass(frozen=True)
-class FakeModel:
-    """A model on fake tensors, in training mode, and a batch that it runs on.
-
-    Attributes:
-        model: Its tensors have shapes, types and devices, and no data.
-        kind: What was built, such as `smp.Unet`.
-        batch: Images.
-        mode: Under which the model runs.
-    """
+class FakeModel(NamedTuple):
+    """A model in training mode on tensors that have shapes, types and devices, and no data."""
 
     model: nn.Module
-    kind: str
-    batch: torch.Tensor
-    mode: FakeTensorMode
+    kind: str  # what was built, such as `smp.Unet`
+    batch: Tensor  # images that it runs on
+    mode: FakeTensorMode  # under which it runs
 
 
 class _RealRanges(TorchFunctionMode):
@@ -194,17 +133,7 @@ class _RealRanges(TorchFunctionMode):
 
 
 def fake_model(name: str, image_size: Size | None, batch_size: int) -> FakeModel:
-    """Build a model by its name, with no memory for its weights.
-
-    Args:
-        name: smp's name of an encoder, of which an `smp.Unet` is made, else timm's of a model.
-        image_size: Height and width in pixels; None takes what the model states, else a usual size.
-        batch_size: Images a batch.
-
-    Raises:
-        ModuleNotFoundError: Neither library is installed.
-        ValueError: A name that neither knows, or a model that does not run on images of this size.
-    """
+    """Build `smp.Unet` of an encoder's name, or timm's model; without a size it runs on its own, or on a usual one."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)  # a model may hold small tensors that are not its buffers
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of deprecated names
@@ -212,9 +141,8 @@ def fake_model(name: str, image_size: Size | None, batch_size: int) -> FakeModel
         _to_fake(model, mode)
         model.train()
         stated = getattr(model, "pretrained_cfg", {}).get("input_size", ())[-2:]
-        sizes = [image_size] if image_size else dict.fromkeys((*((tuple(stated),) if stated else ()), *_USUAL_SIZES))
         reasons = []
-        for size in sizes:
+        for size in [image_size] if image_size else filter(None, (tuple(stated), *_USUAL_SIZES)):
             try:
                 with mode, torch.no_grad():
                     batch = torch.zeros(batch_size, 3, *size)
@@ -224,23 +152,23 @@ def fake_model(name: str, image_size: Size | None, batch_size: int) -> FakeModel
             else:
                 return FakeModel(model, kind, batch, mode)
     if "more than 1 value per channel" in reasons[0]:
-        raise ValueError(
-            f"`--batch-size` must suit batch norms in training, got {batch_size} ({reasons[0]}); raise it to 2"
-        )
-    if image_size:
-        given = f"{image_size[0]}x{image_size[1]}"
-        raise ValueError(
-            f"`--image-size` must be one that {name} runs on, got {given} ({reasons[0]}); "
-            "leave it out for the model's own size"
-        )
-    raise ValueError(
-        f"`--encoder` must run on a batch of images without data, got {name} ({reasons[0]}); "
-        "plan with --blocks, or pass --image-size"
-    )
+        text = f"`--batch-size` must suit batch norms in training, got {batch_size} ({reasons[0]}); raise it to 2"
+    elif image_size:
+        text = f"`--image-size` must be one that {name} runs on, got {image_size[0]}x{image_size[1]} ({reasons[0]}); "
+        text += "leave it out for the model's own size"
+    else:
+        text = f"`--encoder` must run on a batch of images without data, got {name} ({reasons[0]}); "
+        text += "plan with --blocks, or pass --image-size"
+    raise ValueError(text)
 
 
 def _built(name: str, image_size: Size | None) -> tuple[nn.Module, str]:
-    smp, timm = _library("segmentation_models_pytorch"), _library("timm")
+    smp: Any = None
+    timm: Any = None
+    with suppress(ModuleNotFoundError):
+        smp = import_module("segmentation_models_pytorch")
+    with suppress(ModuleNotFoundError):
+        timm = import_module("timm")
     if smp is None and timm is None:
         raise ModuleNotFoundError(
             "`--encoder` needs segmentation_models_pytorch or timm, of which none is installed; "
@@ -256,57 +184,34 @@ def _built(name: str, image_size: Size | None) -> tuple[nn.Module, str]:
             if name in smp_names or (smp and prefix in {"tu", "timm"} and (is_model(rest) or is_model(f"tf_{rest}"))):
                 return smp.Unet(name, encoder_weights=None), "smp.Unet"
             if is_model(bare) and ":" not in bare:  # such a prefix asks a hub
-                return _timm_model(timm, bare, image_size), "timm"
+                with suppress(TypeError):  # most have no positions, and do not take the keyword
+                    return timm.create_model(bare, **({"img_size": image_size} if image_size else {})), "timm"
+                return timm.create_model(bare), "timm"
     except Exception as error:
         raise ValueError(
             f"`--encoder` must be one that can be built without weights, got {name} ({_first_line(error)}); "
             "take another, or plan with --blocks"
         ) from error
-    known = sorted(smp_names | set(timm.list_models() if timm else ()))
-    near = difflib.get_close_matches(bare, known, 3)
+    near = difflib.get_close_matches(bare, sorted(smp_names | set(timm.list_models() if timm else ())), 3)
     hint = (
         f"did you mean {' or '.join(near)}" if near else "see smp.encoders.get_encoder_names() and timm.list_models()"
     )
     raise ValueError(f"`--encoder` must be a name that smp or timm knows, got {short(name)}; {hint}")
 
 
-def _timm_model(timm: Any, name: str, image_size: Size | None) -> nn.Module:
-    """With positions for the image size, where the model has any."""
-    if image_size:
-        try:
-            return timm.create_model(name, img_size=image_size)  # type: ignore[no-any-return]
-        except TypeError:  # most have none, and do not take the keyword
-            pass
-    return timm.create_model(name)  # type: ignore[no-any-return]
-
-
-def _library(name: str) -> Any:
-    try:
-        return __import__(name)
-    except ModuleNotFoundError:
-        return None
-
-
 def _to_fake(model: nn.Module, mode: FakeTensorMode) -> None:
-    """Replace each tensor by a fake one on the CPU; one that has data, or is shared, is replaced once."""
-    fakes: dict[int, torch.Tensor] = {}
+    """Replace each tensor by a fake one on the CPU, also one that has data."""
 
-    def fake(tensor: torch.Tensor) -> torch.Tensor:
-        if id(tensor) not in fakes:
-            with mode:
-                twin = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cpu")
-            is_parameter = isinstance(tensor, nn.Parameter)
-            fakes[id(tensor)] = nn.Parameter(twin, requires_grad=tensor.requires_grad) if is_parameter else twin
-        return fakes[id(tensor)]
+    @cache  # so that what is shared stays shared
+    def fake(tensor: Tensor) -> Tensor:
+        with mode:
+            twin = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cpu")
+        return nn.Parameter(twin, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else twin
 
-    replaced = []  # alive until the end, so that no id is used twice
     for module in model.modules():
         tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, vars(module))  # noqa: SLF001  # no setattr does all three
         for table in tables:
-            for key, tensor in table.items():
-                if isinstance(tensor, torch.Tensor):
-                    replaced.append(tensor)
-                    table[key] = fake(tensor)
+            table.update({key: fake(tensor) for key, tensor in table.items() if isinstance(tensor, Tensor)})
 
 
 def _first_line(error: Exception) -> str:

@@ -1,151 +1,89 @@
-"""A plan as data: the phases of a run, with parameters, learning rates and memory where they are known; no torch.
-
-Also the bytes of state that each optimizer keeps, which are known without it.
-"""
+"""A plan as data and as text: a run's phases, with parameters, learning rates and memory where known; no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 from math import prod
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
-from unfreeze_sched._checks import FrozenModel
-from unfreeze_sched.schedule import UnfreezeSchedule
+from unfreeze_sched._checks import FrozenModel, columns, listed
+from unfreeze_sched.schedule import PRESETS, UnfreezeSchedule
+
+BYTES = {"MiB": 2**20, "GiB": 2**30}
+_NAMED = 3  # more blocks than these, joining at once at one rate, are told by the first and the last
 
 
 class Memory(FrozenModel):
-    """Bytes that a phase keeps, temporaries aside.
+    """Bytes that a phase keeps, temporaries aside."""
 
-    Attributes:
-        weights: All parameters and buffers of the model.
-        gradients: One number for each trainable parameter.
-        optimizer: State of the parameters that have been trained so far, the head's included; with
-            `on_refreeze="drop"` of those that are trained now.
-        activations: What a forward pass in training mode saves for backward, weights and buffers left out, each
-            storage once.
-        total: Their sum.
-    """
-
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int
-    total: int
+    weights: int  # all parameters and buffers of the model
+    gradients: int  # one number for each trainable parameter
+    optimizer: int  # state of what has been trained so far; with `on_refreeze="drop"` of what is trained now
+    activations: int  # saved for backward by a forward pass in training mode, weights and buffers aside
+    total: int  # their sum
 
 
 class PlannedBlock(FrozenModel):
-    """A block of the encoder.
+    """A block of the encoder."""
 
-    Attributes:
-        name: As `encoder_blocks` calls it; `blocks[i]` where only their number is known.
-        parameters: Their number, or None where it is not known.
-        first_epoch: 0-based epoch at which it is unfrozen first; None if it never is.
-        learning_rate: Its base rate once it is unfrozen, before any LR scheduler.
-    """
-
-    name: str
-    parameters: int | None
-    first_epoch: int | None
-    learning_rate: float
+    name: str  # as `encoder_blocks` calls it; `blocks[i]` where only their number is known
+    parameters: int | None  # their number, where it is known
+    first_epoch: int | None  # 0-based, at which it is unfrozen first; None if it never is
+    learning_rate: float  # its base rate once it is unfrozen, before any LR scheduler
 
 
 class Phase(FrozenModel):
-    """Consecutive epochs with one number of unfrozen blocks.
+    """Consecutive epochs with one number of unfrozen blocks."""
 
-    Attributes:
-        first_epoch: 0-based.
-        last_epoch: 0-based, inclusive.
-        unfrozen: Number of unfrozen blocks, counted from the deep end.
-        joins: Names of the blocks unfrozen at its start, deepest first.
-        refrozen: Names of the blocks frozen again at its start, shallowest first.
-        trainable_parameters: Their number, the head's included, or None where it is not known.
-        trainable_share: In [0, 1], of all the model's parameters, or None.
-        learning_rates: `head` and each unfrozen block, deepest first: base rates, before any LR scheduler.
-        memory: None where it is not known.
-    """
-
-    first_epoch: int
-    last_epoch: int
-    unfrozen: int
-    joins: tuple[str, ...]
-    refrozen: tuple[str, ...]
-    trainable_parameters: int | None
-    trainable_share: float | None
-    learning_rates: dict[str, float]
-    memory: Memory | None
+    first_epoch: int  # 0-based
+    last_epoch: int  # inclusive
+    unfrozen: int  # number of blocks, counted from the deep end
+    joins: tuple[str, ...]  # names of the blocks unfrozen at its start, deepest first
+    refrozen: tuple[str, ...]  # names of those frozen again at its start, shallowest first
+    trainable_parameters: int | None = None  # their number, the head's included, where it is known
+    trainable_share: float | None = None  # of all the model's parameters, in [0, 1]
+    learning_rates: dict[str, float]  # base rates of `head` and of each unfrozen block, deepest first
+    memory: Memory | None = None  # where it is known
 
 
 class Encoder(FrozenModel):
-    """The model that was planned for.
+    """The model that was planned for."""
 
-    Attributes:
-        name: As it was asked for.
-        model: What was built of it, such as `smp.Unet`.
-        parameters: All of them.
-        head_parameters: Those outside of the blocks that receive gradients; they train from the first epoch.
-        unused: Names of those that train in no phase, since the forward pass never uses them or the model itself holds
-            them fixed.
-        image_size: Height and width in pixels.
-        batch_size: Images a batch.
-        optimizer: Whose state was counted.
-    """
-
-    name: str
-    model: str
-    parameters: int
-    head_parameters: int
-    unused: tuple[str, ...]
-    image_size: tuple[int, int]
-    batch_size: int
-    optimizer: str
+    name: str  # as it was asked for
+    model: str  # what was built of it, such as `smp.Unet`
+    parameters: int  # all of them
+    head_parameters: int  # those outside of the blocks that receive gradients: they train from the first epoch
+    unused: tuple[str, ...]  # names of those that train in no phase: never used, or held fixed by the model itself
+    image_size: tuple[int, int]  # height and width in pixels
+    batch_size: int  # images a batch
+    optimizer: str  # whose state was counted
 
 
 class Plan(FrozenModel):
-    """A whole plan; its JSON is what `unfreeze-sched plan --json` prints.
+    """A whole plan; its JSON is what `unfreeze-sched plan --json` prints."""
 
-    Attributes:
-        version: Of this shape. New keys may come without a new version; none changes its meaning or goes.
-        schedule: JSON of the `UnfreezeSchedule`.
-        head_learning_rate: The head's base rate.
-        encoder: None where only the number of blocks was given.
-        blocks: Shallow to deep.
-        phases: In the order of their epochs; together they are the run.
-    """
-
-    version: Literal[1] = 1
+    version: Literal[1] = 1  # of this shape: new keys may come, none changes its meaning or goes
     schedule: UnfreezeSchedule
-    head_learning_rate: float
-    encoder: Encoder | None
-    blocks: tuple[PlannedBlock, ...]
-    phases: tuple[Phase, ...]
+    head_learning_rate: float  # its base rate
+    encoder: Encoder | None  # None where only the number of blocks was given
+    blocks: tuple[PlannedBlock, ...]  # shallow to deep
+    phases: tuple[Phase, ...]  # in the order of their epochs; together they are the run
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What is known of a model: the numbers of a plan that follow from it.
-
-    Attributes:
-        encoder: As in the plan.
-        names: Of the blocks, shallow to deep.
-        parameters: Of each block.
-        head_bytes: Gradients of the head's parameters.
-        gradient_bytes: Of each block.
-        head_state: Bytes of optimizer state of the head's parameters.
-        state_bytes: Of each block.
-        weights: Bytes of all parameters and buffers.
-        activations: From a number of unfrozen blocks to the bytes saved for backward.
-    """
+class Measured(NamedTuple):
+    """What is known of a model: the numbers of a plan that follow from it; those of blocks are shallow to deep."""
 
     encoder: Encoder
     names: tuple[str, ...]
     parameters: tuple[int, ...]
-    head_bytes: int
+    head_bytes: int  # of gradients
     gradient_bytes: tuple[int, ...]
-    head_state: int
+    head_state: int  # bytes of optimizer state
     state_bytes: tuple[int, ...]
-    weights: int
-    activations: Callable[[int], int]
+    weights: int  # bytes of all parameters and buffers
+    activations: Callable[[int], int]  # from a number of unfrozen blocks to the bytes saved for backward
 
 
 def make_plan(
@@ -156,14 +94,7 @@ def make_plan(
     drops: bool = False,
     measured: Measured | None = None,
 ) -> Plan:
-    """The plan of a schedule.
-
-    Args:
-        schedule: For as many blocks as the model has.
-        learning_rate: The head's base rate.
-        layer_decay: In (0, 1], as for `ProgressiveUnfreezer`.
-        drops: Whether a block that is frozen again loses its optimizer state.
-        measured: What is known of the model; None for a number of blocks alone.
+    """The plan of a schedule by the head's base rate; `drops`: a block that is frozen again loses its optimizer state.
 
     Example:
         >>> from unfreeze_sched import MEDIUM
@@ -174,70 +105,62 @@ def make_plan(
         (('blocks[6]',), {'head': 0.001, 'blocks[6]': 0.0001})
     """
     total = schedule.total_blocks
-    names = measured.names if measured else tuple(f"blocks[{index}]" for index in range(total))
-    scale = schedule.preset.learning_rate_scale
-    rates = [learning_rate * scale * layer_decay**depth for depth in reversed(range(total))]
-    starts = [epoch for epoch, _ in schedule.transitions()]
-    if starts[:1] != [0]:
-        starts.insert(0, 0)
+    # From here on the deepest block comes first, as it does in training.
+    names = (measured.names if measured else tuple(f"blocks[{index}]" for index in range(total)))[::-1]
+    rate = learning_rate * schedule.preset.learning_rate_scale
+    rates = [("head", learning_rate), *((name, rate * layer_decay**depth) for depth, name in enumerate(names))]
+    starts = sorted({0, *(epoch for epoch, _ in schedule.transitions())})
     phases, before = [], 0
     for start, end in zip(starts, [*starts[1:], schedule.total_epochs], strict=True):
         number, peak = schedule.progress_at(start)
-        deepest_first = names[::-1]
-        trained = range(total - number, total)
-        parameters = share = memory = None
-        if measured:
-            parameters = measured.encoder.head_parameters + sum(measured.parameters[index] for index in trained)
-            share = parameters / measured.encoder.parameters
-            memory = _memory(measured, number, number if drops else peak)
         phases.append(
             Phase(
                 first_epoch=start,
                 last_epoch=end - 1,
                 unfrozen=number,
-                joins=deepest_first[before:number],
-                refrozen=deepest_first[number:before][::-1],
-                trainable_parameters=parameters,
-                trainable_share=share,
-                learning_rates={"head": learning_rate, **{names[index]: rates[index] for index in reversed(trained)}},
-                memory=memory,
+                joins=names[before:number],
+                refrozen=names[number:before][::-1],
+                learning_rates=dict(rates[: 1 + number]),
+                **(_figures(measured, number, number if drops else peak) if measured else {}),
             )
         )
         before = number
-    blocks = tuple(
+    blocks = [
         PlannedBlock(
             name=name,
-            parameters=measured.parameters[index] if measured else None,
-            first_epoch=next((phase.first_epoch for phase in phases if phase.unfrozen >= total - index), None),
-            learning_rate=rates[index],
+            parameters=measured.parameters[-1 - depth] if measured else None,
+            first_epoch=next((phase.first_epoch for phase in phases if phase.unfrozen > depth), None),
+            learning_rate=rates[1 + depth][1],
         )
-        for index, name in enumerate(names)
-    )
+        for depth, name in enumerate(names)
+    ]
     return Plan(
         schedule=schedule,
         head_learning_rate=learning_rate,
         encoder=measured.encoder if measured else None,
-        blocks=blocks,
+        blocks=tuple(blocks[::-1]),
         phases=tuple(phases),
     )
 
 
-def _memory(measured: Measured, trained: int, kept: int) -> Memory:
-    """Memory with so many blocks trained, and so many in the optimizer."""
+def _figures(measured: Measured, trained: int, kept: int) -> dict[str, Any]:
+    """A phase's fields that follow from the model: so many blocks train, and so many are in the optimizer."""
 
-    def of_deepest(number: int, sizes: Sequence[int]) -> int:
-        return sum(sizes[len(sizes) - number :])
+    def deepest(number: int, figures: Sequence[int]) -> int:
+        return sum(figures[len(figures) - number :])
 
-    gradients = measured.head_bytes + of_deepest(trained, measured.gradient_bytes)
-    optimizer = measured.head_state + of_deepest(kept, measured.state_bytes)
-    activations = measured.activations(trained)
-    return Memory(
-        weights=measured.weights,
-        gradients=gradients,
-        optimizer=optimizer,
-        activations=activations,
-        total=measured.weights + gradients + optimizer + activations,
-    )
+    trainable = measured.encoder.head_parameters + deepest(trained, measured.parameters)
+    parts = {
+        "weights": measured.weights,
+        "gradients": measured.head_bytes + deepest(trained, measured.gradient_bytes),
+        "optimizer": measured.head_state + deepest(kept, measured.state_bytes),
+        "activations": measured.activations(trained),
+    }
+    return {
+        "trainable_parameters": trainable,
+        "trainable_share": trainable / measured.encoder.parameters,
+        "memory": Memory(**parts, total=sum(parts.values())),
+    }
 
 
 # --- optimizers
@@ -260,6 +183,7 @@ def _factored(shape: Shape, size: int) -> int:
     return prod(rest) * (rows + columns) * size + _STEP
 
 
+# From an optimizer's name to the bytes of state of one parameter, by its shape and its bytes a number.
 STATES: dict[str, Callable[[Shape, int], int]] = {
     "adamw": _copies(2, counts=True),
     "adam": _copies(2, counts=True),
@@ -271,4 +195,99 @@ STATES: dict[str, Callable[[Shape, int], int]] = {
     "adafactor": _factored,
     "lion": _copies(1, counts=False),
 }
-"""From an optimizer's name to the bytes of state of one parameter, by its shape and its bytes a number."""
+
+
+# --- as text
+
+
+def as_text(plan: Plan, plot: str | None = None) -> str:
+    """A plan in words, 80 columns wide if it can be: what it is, a row a phase, and notes, also on its picture."""
+    header = ["epochs", "blocks", "joins", "lr"]
+    if plan.encoder:
+        header += ["trainable", "share", "grads", "optim", "saved", "sum"]
+    table = columns(
+        header, (_cells(plan, phase) for phase in plan.phases), right={*header} - {"epochs", "joins"}, gap=1
+    )
+    wrapped = [textwrap.fill(note, 80) for note in _notes(plan, plot)]
+    return "\n".join([textwrap.fill(title(plan), 80), "", table, "", *wrapped])
+
+
+def title(plan: Plan) -> str:
+    """What was planned, in one sentence."""
+    schedule, encoder = plan.schedule, plan.encoder
+    named = [f"{name}: " for name, preset in PRESETS.items() if preset == schedule.preset]
+    fields = schedule.preset.model_dump(exclude={"kind"})
+    preset = "".join(named[:1]) + ", ".join(f"{name} {value}" for name, value in fields.items())
+    what = ""
+    if encoder:
+        what = f"{encoder.name} in {encoder.model}"
+        if encoder.model == "timm":
+            what = f"timm's {encoder.name.rpartition('/')[2]}"
+        what += f", {in_short(encoder.parameters)} parameters, "
+    blocks = f"{schedule.total_blocks} block{'s' if schedule.total_blocks > 1 else ''}"
+    epochs = f"{schedule.total_epochs} epoch{'s' if schedule.total_epochs > 1 else ''}"
+    return f"{what}{blocks}, {epochs}; {preset}"
+
+
+def _cells(plan: Plan, phase: Phase) -> list[str]:
+    first, last, joins = phase.first_epoch, phase.last_epoch, list(_joins(phase))
+    epochs = f"{first}-{last}" if last > first else str(last)
+    names, rates = ("\n".join(lines) for lines in zip(*joins, strict=True)) if joins else ("", "")
+    cells = [epochs, f"{phase.unfrozen}/{plan.schedule.total_blocks}", names, rates]
+    if phase.memory is not None:
+        memory, divisor = phase.memory, BYTES[unit_of(plan)]
+        sizes = (memory.gradients, memory.optimizer, memory.activations, memory.total)
+        cells += [in_short(phase.trainable_parameters or 0), f"{100 * (phase.trainable_share or 0):.1f}%"]
+        cells += [f"{size / divisor:.1f}" for size in sizes]
+    return cells
+
+
+def _joins(phase: Phase) -> Iterator[tuple[str, str]]:
+    """What changes at the start of a phase, each line with its learning rate."""
+    rates = phase.learning_rates
+    if phase.first_epoch == 0:
+        yield "head", f"{rates['head']:.1e}"
+    for rate, run in groupby(phase.joins, rates.__getitem__):
+        names = list(run)
+        if len(names) > _NAMED:
+            names = [f"{names[0]} to {names[-1]}"]
+        yield from ((f"+ {name}", f"{rate:.1e}") for name in names)
+    for name in phase.refrozen:
+        yield f"- {name}", "frozen"
+
+
+def _notes(plan: Plan, plot: str | None) -> Iterator[str]:
+    """What the table's figures are, and what never trains."""
+    encoder = plan.encoder
+    yield "epochs: 0-based, inclusive. lr: base rate, from then on; an LR scheduler scales all of them."
+    if encoder:
+        unit, (height, width) = unit_of(plan), encoder.image_size
+        weights = sum(phase.memory.weights for phase in plan.phases[:1] if phase.memory) / BYTES[unit]
+        yield (
+            f"{unit}: gradients, state of {encoder.optimizer}, activations saved for backward (batch of "
+            f"{encoder.batch_size} at {height}x{width}, float32, each storage once), and their sum with {weights:.1f} "
+            "of weights and buffers; what a step allocates for a moment is not in it."
+        )
+        if encoder.unused:
+            yield f"in no phase, since no gradient reaches it: {listed(encoder.unused)}."
+    never = [block.name for block in plan.blocks if block.first_epoch is None][::-1]
+    if never:
+        names = ", ".join(never) if len(never) <= 2 * _NAMED else f"{never[0]} to {never[-1]}"
+        epochs = plan.schedule.total_epochs
+        yield f"never within {epochs} epochs: {names}; start earlier, unfreeze faster, or train longer."
+    if plot:
+        yield f"{plot} shows it."
+
+
+def unit_of(plan: Plan) -> str:
+    """In which unit the plan's memory is told."""
+    most = max((phase.memory.total for phase in plan.phases if phase.memory), default=0)
+    return "GiB" if most >= 10 * BYTES["GiB"] else "MiB"
+
+
+def in_short(number: int) -> str:
+    """A number of parameters."""
+    for unit, name in ((10**9, " B"), (10**6, " M"), (10**3, " k")):
+        if number >= unit:
+            return f"{number / unit:.2f}{name}"
+    return str(number)

@@ -1,83 +1,54 @@
-"""Images with masks: the embedded sample, or folders of one's own; the order is a function of a generator.
+"""Images with masks: the embedded sample, which is kept decoded, or folders of one's own, which may be large."""
 
-Files are decoded when asked for, so a folder may be large; the embedded sample is kept decoded, as uint8.
-"""
-
-import io
+import argparse
 import os
-import zipfile
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from importlib import resources
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+from zipfile import ZipFile
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from unfreeze_sched._checks import plain
-from unfreeze_sched.distill.command.files import (
-    DataError,
-    File,
-    Pair,
-    Values,
-    as_rgb,
-    central,
-    read_pair,
-    values_of,
-)
-from unfreeze_sched.distill.command.masks import look, settle
-from unfreeze_sched.distill.command.pairs import pairs_of
+from unfreeze_sched._checks import listed, plain
+from unfreeze_sched.distill.checkpoints import classes_of
+from unfreeze_sched.distill.command.files import DataError, File, Pair, Values, look, pairs_of, settle, square_of
 from unfreeze_sched.distill.loss import IGNORE_INDEX
 
-CLASS_NAMES = ("background", "animal", "food", "vehicle", "face")
-"""The embedded sample's classes, by index."""
-
+CLASS_NAMES = ("background", "animal", "food", "vehicle", "face")  # of the embedded sample, by index
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+IMAGENET_NORMALISATION = (IMAGENET_MEAN, IMAGENET_STD)  # of most ImageNet weights, torchvision's among them
 
 _MANY = 1_000  # images that take a while
 _LARGE = 178_956_970  # pixels: where Pillow warns
+_HELD_OUT = 0.2  # of the images for the test, and of the rest for validation
+_NAMED = 10  # classes in one line
 
-Triple = tuple[float, float, float]
+Triple = tuple[float, float, float]  # by band, R, G, B, for values from 0 to 1
 
 
 @dataclass(frozen=True, eq=False)
 class SegmentationData(Dataset[tuple[Tensor, Tensor]]):
-    """Images and masks in a fixed order; an item is ``(image, mask)``, normalised, without augmentation.
+    """Images and masks in a fixed order; an item is ``(image, mask)``, float32 (3, side, side) and int64 (side, side).
 
     An image is cut to its central square and scaled to ``image_size`` (bilinear, antialiased); the mask goes the same
-    way, nearest. EXIF rotation is applied. The normalised value is ``(v / 255 - mean) / std``, by band.
-
-    Attributes:
-        pairs: the files, in order.
-        class_names: the classes' names, by index.
-        image_size: side of the square that items have, in pixels.
-        mean: by band, R, G, B, for values from 0 to 1.
-        std: likewise.
-        meaning: class index, 255, or -1 for none, by value of the masks; None where values are class indices.
-        white: the value of a 16-bit image that becomes 255.
-        cache: keeps decoded items when it is a dict; parts of one `split` share it.
-
-    Example:
-        >>> data = load_sample("test", image_size=64)
-        >>> image, mask = data[0]
-        >>> image.shape, image.dtype, mask.shape, mask.dtype
-        (torch.Size([3, 64, 64]), torch.float32, torch.Size([64, 64]), torch.int64)
+    way, nearest. EXIF rotation is applied. Values are ``(v / 255 - mean) / std``, by band, without augmentation.
     """
 
     pairs: tuple[Pair, ...]
     class_names: tuple[str, ...]
-    image_size: int
+    image_size: int  # side of the square that items have, in pixels
     mean: Triple = IMAGENET_MEAN
     std: Triple = IMAGENET_STD
-    meaning: Values | None = None
-    white: int = 2**16 - 1
-    cache: dict[str, tuple[Tensor, Tensor]] | None = field(default=None, repr=False)
+    meaning: Values | None = None  # class index, 255, or -1 for none, by value of the masks; None: these are indices
+    white: int = 2**16 - 1  # the value of a 16-bit image that becomes 255
+    cache: dict[str, tuple[Tensor, Tensor]] | None = field(default=None, repr=False)  # decoded items, for all parts
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -97,11 +68,7 @@ class SegmentationData(Dataset[tuple[Tensor, Tensor]]):
         return self.normalised(image.float() / 255), mask.long()
 
     def raw(self, index: int) -> tuple[Tensor, Tensor]:
-        """An item as it is kept, both uint8: the image (3, side, side), the mask's class indices or 255 (side, side).
-
-        Raises:
-            DataError: a file is not any more what it was when it was looked at.
-        """
+        """An item as it is kept, as uint8: the image (3, side, side), and the mask's classes or 255 (side, side)."""
         pair = self.pairs[index]
         if self.cache is None:
             return self._decoded(pair)
@@ -115,13 +82,7 @@ class SegmentationData(Dataset[tuple[Tensor, Tensor]]):
         return (image - mean) / std
 
     def split(self, fraction: float, seed: int) -> tuple["SegmentationData", "SegmentationData"]:
-        """Part the data in two, each in the order of the whole; ``round(fraction * N)`` random images are the second.
-
-        Example:
-            >>> train, validation = load_sample("train").split(0.1, seed=0)
-            >>> len(train), len(validation)
-            (360, 40)
-        """
+        """Part the data in two, each in the order of the whole: ``round(fraction * N)`` random images are second."""
         held = round(fraction * len(self))
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).tolist()
         parts = sorted(order[held:]), sorted(order[:held])
@@ -129,34 +90,19 @@ class SegmentationData(Dataset[tuple[Tensor, Tensor]]):
         return train, validation
 
     def epoch(self, generator: torch.Generator, *, flip: bool = True, jitter: float = 0.0) -> "EpochView":
-        """One epoch's order and augmentation, all drawn here from a CPU generator.
+        """One epoch's order and augmentation, all drawn here, so that a loader over it shuffles and draws nothing.
 
-        So a loader over the view needs no shuffling, and its workers, however many, draw nothing.
-
-        Args:
-            generator: such as `epoch_generator` makes.
-            flip: mirrors half of the images left to right, with their masks.
-            jitter: brightness and contrast are each scaled by a factor from ``1 - jitter`` to ``1 + jitter``; 0 to 1.
-
-        Example:
-            >>> data = load_sample("test")
-            >>> view = data.epoch(epoch_generator(seed=0, epoch=3), jitter=0.2)
-            >>> view.order == data.epoch(epoch_generator(seed=0, epoch=3), jitter=0.2).order
-            True
+        `flip` mirrors half of the images left to right, with their masks; brightness and contrast are each scaled by a
+        factor from ``1 - jitter`` to ``1 + jitter``. The generator is a CPU's, such as `epoch_generator` makes.
         """
-        if not 0 <= jitter <= 1:
-            raise DataError(f"`jitter` must be from 0 to 1, got {jitter}; 0 turns it off")
         order = torch.randperm(len(self), generator=generator)
         flips = torch.rand(len(self), generator=generator) < 0.5 * flip
         factors = 1 + jitter * (2 * torch.rand(len(self), 2, generator=generator) - 1)
         return EpochView(self, tuple(order.tolist()), tuple(flips.tolist()), tuple(map(tuple, factors.tolist())))
 
     def _decoded(self, pair: Pair) -> tuple[Tensor, Tensor]:
-        image, mask, _ = read_pair(pair)
-        box, size = central(image), (self.image_size, self.image_size)
-        pixels = np.array(as_rgb(image, self.white).resize(size, Image.Resampling.BILINEAR, box))
-        values = Image.fromarray(values_of(mask, pair.mask.label)).resize(size, Image.Resampling.NEAREST, box)
-        indices = np.array(values) if self.meaning is None else self.meaning[np.asarray(values)]
+        pixels, values = square_of(pair, self.image_size, self.white)
+        indices = values if self.meaning is None else self.meaning[values]
         if indices.min() < 0:
             raise DataError(f"{pair.mask.label} must stay as it was at the start, got other values; start a new run")
         return torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), torch.from_numpy(indices.astype(np.uint8))
@@ -164,19 +110,12 @@ class SegmentationData(Dataset[tuple[Tensor, Tensor]]):
 
 @dataclass(frozen=True, eq=False)
 class EpochView(Dataset[tuple[Tensor, Tensor]]):
-    """One epoch of the data: its order and augmentation are settled, so an item depends on nothing but its index.
-
-    Attributes:
-        data: what is viewed.
-        order: for each place in the epoch, the 0-based index into ``data``.
-        flips: for each place, whether it is mirrored left to right.
-        factors: for each place, the factors of brightness and contrast.
-    """
+    """One epoch of the data, by place: all is settled, so that an item depends on nothing but its index."""
 
     data: SegmentationData
-    order: tuple[int, ...]
-    flips: tuple[bool, ...]
-    factors: tuple[tuple[float, ...], ...]
+    order: tuple[int, ...]  # 0-based, into the data
+    flips: tuple[bool, ...]  # whether it is mirrored left to right
+    factors: tuple[tuple[float, ...], ...]  # of brightness and contrast
 
     def __len__(self) -> int:
         return len(self.order)
@@ -194,36 +133,19 @@ class EpochView(Dataset[tuple[Tensor, Tensor]]):
 
 
 def epoch_generator(seed: int, epoch: int) -> torch.Generator:
-    """The CPU generator of a seed and a 0-based epoch, whatever was drawn before.
-
-    Example:
-        >>> epoch_generator(0, 7).initial_seed() == epoch_generator(7, 0).initial_seed()
-        False
-    """
+    """The CPU generator of a seed and a 0-based epoch, whatever was drawn before."""
     state = np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0]))
 
 
 def load_sample(
-    split: Literal["train", "test"],
-    *,
-    image_size: int = 128,
-    mean: Triple = IMAGENET_MEAN,
-    std: Triple = IMAGENET_STD,
+    split: Literal["train", "test"], *, image_size: int = 128, mean: Triple = IMAGENET_MEAN, std: Triple = IMAGENET_STD
 ) -> SegmentationData:
     """A part of the embedded sample: 400 training or 200 test images of 128 x 128 pixels in five classes.
 
-    The two share no object and no background. `mean` and `std` are the encoder's, by band, for values from 0 to 1.
-
-    Example:
-        >>> data = load_sample("train", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-        >>> len(data), data.class_names
-        (400, ('background', 'animal', 'food', 'vehicle', 'face'))
+    The two share no object and no background. `mean` and `std` are the encoder's.
     """
-    if split not in ("train", "test"):
-        raise DataError(f"`split` must be 'train' or 'test', got {split!r}; take 'train' and its .split() to validate")
-    stored = (resources.files("unfreeze_sched.distill.command") / "sample" / "sample.zip").read_bytes()
-    with zipfile.ZipFile(io.BytesIO(stored)) as archive:
+    with ZipFile(Path(__file__).parent / "sample" / "sample.zip") as archive:
         files = [File(name, archive.read(name)) for name in archive.namelist() if name.startswith(f"{split}/")]
     half = len(files) // 2  # sorted: first the images, then the masks, in the same order
     pairs = tuple(Pair(Path(i.label).stem, i, m) for i, m in zip(files[:half], files[half:], strict=True))
@@ -241,19 +163,10 @@ def load_folders(
 ) -> list[SegmentationData]:
     """The data of folders with `images/` and `masks/` each, sorted by stem, as the guide `your_data.md` has it.
 
-    Every file is read once, here, before a value gets a meaning, which is the same in all the folders.
-
-    Args:
-        *folders: one or more.
-        classes: their number, 2 to 255, background included; None counts them.
-        mask_values: the value of each class in the masks, by index; None takes class indices, or 0 and 255.
-        image_size: side of an item in pixels; see `SegmentationData` for how images are cut and scaled.
-        mean: the encoder's, by band, for values from 0 to 1.
-        std: likewise.
-        tell: is given each line on how the files are read.
-
-    Raises:
-        DataError: something cannot be read, or could be read in more than one way.
+    Every file is read once, here, before a value gets a meaning, which is the same in all the folders. How they are
+    read is told, line by line; what cannot be read, or could be in more than one way, is a `DataError`. `classes` is
+    their number, background included, or None to count them; `mask_values` the value of each class in the masks, by
+    index, or None for class indices, or 0 and 255.
     """
     parts = []
     for place, folder in enumerate(folders):
@@ -269,6 +182,7 @@ def load_folders(
     index, number, line = settle(every, classes, mask_values)
     if line:
         tell(line)
+    white = 255
     if peak := max(each.peak for each in every):
         white = next(2**bits - 1 for bits in (8, 10, 12, 14, 16) if peak < 2**bits)
         tell(f"images of 16 bits hold values up to {peak}: 0 to {white} are scaled to 0 to 255")
@@ -276,18 +190,103 @@ def load_folders(
         tell(f"the largest image has {most // 10**6} megapixels; images cut into tiles are read faster")
     meaning = np.full(2**16, -1, np.int16)
     meaning[list(index)] = list(index.values())
-    return [
-        SegmentationData(
-            tuple(
-                replace(pair, classes=frozenset(index[value] for value in each.seen) - {IGNORE_INDEX})
-                for pair, each in zip(pairs, part, strict=True)
-            ),
-            tuple(map(str, range(number))),
-            image_size,
-            mean,
-            std,
-            meaning,
-            white if peak else 255,
+    names = tuple(map(str, range(number)))
+    data = []
+    for pairs, part in zip(parts, looks, strict=True):
+        shown = (frozenset(index[value] for value in each.seen) - {IGNORE_INDEX} for each in part)
+        told = tuple(pair._replace(classes=classes) for pair, classes in zip(pairs, shown, strict=True))
+        data.append(SegmentationData(told, names, image_size, mean, std, meaning, white))
+    return data
+
+
+# --- a run's parts
+
+
+def data_of(args: argparse.Namespace, tell: Callable[[str], object]) -> tuple[SegmentationData, ...]:
+    """Training, validation and test part; what there is to say of the files is told, line by line."""
+    if args.data is not None:
+        return _own(args, tell)
+    for flag in ("classes", "mask_values", "val", "test"):
+        if (value := getattr(args, flag)) is not None:
+            raise DataError(f"`--{flag.replace('_', '-')}` must come with --data, got {value} alone; add --data DIR")
+    whole, test = (load_sample(part, **_items(args)) for part in ("train", "test"))
+    return *whole.split(_HELD_OUT, seed=args.seed), test
+
+
+def _own(args: argparse.Namespace, tell: Callable[[str], object]) -> tuple[SegmentationData, ...]:
+    values = None if args.mask_values is None else tuple(map(int, args.mask_values.split(",")))
+    if values is not None and args.classes not in (None, len(values)):
+        raise DataError(
+            f"`--classes` must be the number of --mask-values, {len(values)}, got {args.classes}; leave it out"
         )
-        for pairs, part in zip(parts, looks, strict=True)
-    ]
+    given = {flag: folder for flag in ("val", "test") if (folder := getattr(args, flag)) is not None}
+    for flag, folder in given.items():
+        if Path(folder).resolve() == Path(args.data).resolve():
+            raise DataError(f"`--{flag}` must be another folder than --data, got {folder} for both; leave it out")
+    folders = args.data, *given.values()
+    whole, *others = load_folders(*folders, classes=args.classes, mask_values=values, tell=tell, **_items(args))
+    parts = _parts(whole, dict(zip(given, others, strict=True)), args.seed)
+    shown = [{place for pair in part.pairs for place in pair.classes} for part in parts]
+    for name, classes in zip(("training", "validation", "test"), shown, strict=True):
+        if not classes:
+            raise DataError(
+                f"the {name} images must show a class in their central squares, got 255 alone, which is ignored; "
+                "add images that do"
+            )
+    if absent := [str(place) for place in range(whole.classes) if place not in shown[0]]:
+        tell(f"no training image has class {listed(absent, _NAMED)}")
+    return parts
+
+
+def _parts(whole: SegmentationData, parts: dict[str, SegmentationData], seed: int) -> tuple[SegmentationData, ...]:
+    """All three, where some may be given: what is not is held out of the whole."""
+    missing = [purpose for flag, purpose in (("val", "to validate"), ("test", "to test")) if flag not in parts]
+    if len(whole) < 2 + len(missing):
+        also = "".join(f", one {purpose}" for purpose in missing)
+        ways = ", or give --val DIR and --test DIR" if missing else ""
+        raise DataError(
+            f"`--data` must hold {2 + len(missing)} images or more: two to train on{also}, got {len(whole)}; "
+            f"add images{ways}"
+        )
+    for flag in ("test", "val"):
+        if flag not in parts:
+            whole, parts[flag] = whole.split(_HELD_OUT, seed=seed)
+    return whole, parts["val"], parts["test"]
+
+
+def _items(args: argparse.Namespace) -> dict[str, Any]:
+    """The items' side, and the normalisation that the student's weights want."""
+    try:
+        mean, std = normalisation(args.student_encoder)
+    except ValueError:  # a name that timm does not know; most of these weights were trained with the usual constants
+        mean, std = IMAGENET_NORMALISATION
+    return {"image_size": args.image_size, "mean": mean, "std": std}
+
+
+def classes_for(teacher: str | None, data: SegmentationData) -> int:
+    """Output channels: one for a binary teacher, else one a class."""
+    return 1 if teacher is not None and data.classes == 2 and classes_of(teacher) == 1 else data.classes  # noqa: PLR2004  # two classes are a binary mask
+
+
+def normalisation(encoder_name: str) -> tuple[Triple, Triple]:
+    """Mean and standard deviation that an encoder's ImageNet weights want, of RGB in [0, 1]; from timm's records.
+
+    smp's own `get_preprocessing_params` says the same, but asks a model hub.
+    """
+    from timm.models import get_pretrained_cfg  # noqa: PLC0415  # on use, since the data alone needs none of it
+
+    try:
+        record = get_pretrained_cfg(timm_name(encoder_name), allow_unregistered=False)
+    except RuntimeError:
+        raise ValueError(
+            f"`encoder_name` must be one that timm has weights for, got {encoder_name!r}; "
+            "use IMAGENET_NORMALISATION if its weights were trained with it"
+        ) from None
+    return tuple(record.mean), tuple(record.std)
+
+
+def timm_name(encoder_name: str) -> str:
+    """Name in timm of the model whose weights smp gives the encoder."""
+    # smp's `timm-efficientnet-b0` is the TensorFlow port, in timm `tf_efficientnet_b0`.
+    name = re.sub(r"^timm-efficientnet-", "tf_efficientnet_", encoder_name)
+    return re.sub(r"^(timm|tu)-", "", name)

