@@ -20,15 +20,9 @@ from torch.nn import functional as F  # noqa: N812  # torch's own habit
 from torch.utils.data import DataLoader, Subset
 
 from unfreeze_sched import Block, MilestonePreset, RatePreset, UnfreezeSchedule, encoder_blocks
-<<<<<<< HEAD
-from unfreeze_sched.distill.command.data import SegmentationData, epoch_generator, load_sample
-from unfreeze_sched.distill.command.imagenet import load_first_weights, normalisation
-from unfreeze_sched.distill.command.training import mean_iou, pixel_counts
-=======
 from unfreeze_sched.distill.command.data import SegmentationData, epoch_generator, load_sample, normalisation
-from unfreeze_sched.distill.command.evaluation import mean_iou, pixel_counts
 from unfreeze_sched.distill.command.imagenet import load_first_weights
->>>>>>> short-a
+from unfreeze_sched.distill.command.training import mean_iou, pixel_counts
 from unfreeze_sched.distill.loss import DistillationLoss
 from unfreeze_sched.distill.wrapper import StudentUnet
 

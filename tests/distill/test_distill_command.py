@@ -25,11 +25,6 @@ from unfreeze_sched import LARGE, MEDIUM, SMALL, MilestonePreset, UnfreezeSchedu
 from unfreeze_sched.arguments import preset_from  # noqa: E402
 from unfreeze_sched.cli import main, make_parser  # noqa: E402
 from unfreeze_sched.distill.command import run, training  # noqa: E402
-<<<<<<< HEAD
-from unfreeze_sched.distill.command.arguments import preset_from  # noqa: E402
-=======
-from unfreeze_sched.distill.command.arms import Settings  # noqa: E402
->>>>>>> short-a
 from unfreeze_sched.distill.command.ranks import Ranks  # noqa: E402
 from unfreeze_sched.distill.command.runlog import RunLog, warnings_in_one_line  # noqa: E402
 from unfreeze_sched.distill.command.training import Settings  # noqa: E402

@@ -19,12 +19,7 @@ pytest.importorskip("PIL.Image")
 from images import write_images  # after the skips
 
 from unfreeze_sched.cli import main  # after the skips
-<<<<<<< HEAD
-from unfreeze_sched.distill.command.inputs import data_of
-=======
 from unfreeze_sched.distill.command.data import data_of
-from unfreeze_sched.distill.command.evaluation import evaluate
->>>>>>> short-a
 from unfreeze_sched.distill.command.ranks import Ranks, first_to_fail
 from unfreeze_sched.distill.command.run import _refuse_many_ranks, _settings, _student
 from unfreeze_sched.distill.command.runfolder import saved_run

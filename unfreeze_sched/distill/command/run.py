@@ -16,19 +16,10 @@ from typing import Any
 import torch
 from timm.layers import convert_sync_batchnorm
 
-<<<<<<< HEAD
 from unfreeze_sched import Block, MilestonePreset, UnfreezeSchedule
-from unfreeze_sched.distill.checkpoints import replacing, save_atomically
-from unfreeze_sched.distill.command.arguments import preset_from
-from unfreeze_sched.distill.command.data import SegmentationData
-=======
-from unfreeze_sched import Block, MilestonePreset, UnfreezeSchedule, encoder_blocks
 from unfreeze_sched.arguments import preset_from
 from unfreeze_sched.distill.checkpoints import replacing, save_atomically
-from unfreeze_sched.distill.command.arms import Arm, Imitating, Settings
-from unfreeze_sched.distill.command.data import classes_for, data_of
-from unfreeze_sched.distill.command.evaluation import Evaluation, evaluate
->>>>>>> short-a
+from unfreeze_sched.distill.command.data import SegmentationData, classes_for, data_of
 from unfreeze_sched.distill.command.imagenet import load_first_weights
 from unfreeze_sched.distill.command.ranks import Ranks, joined
 from unfreeze_sched.distill.command.report import around_transitions, draw_report, phase_table
