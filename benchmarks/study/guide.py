@@ -96,18 +96,23 @@ def seed_table(cells: Sequence[dict[str, Any]]) -> str:
     return as_markdown([*rows, {"seed": "mean", **means, "student - frozen": paired(*test.values()).signed}])
 
 
+def last(cell: dict[str, Any], arm: str) -> dict[str, Any]:
+    """The record of an arm's last epoch."""
+    return next(one for one in reversed(cell["epochs"]) if one["arm"] == arm)
+
+
 def fit_table(cells: Sequence[dict[str, Any]]) -> str:
     """Losses and validation mIoU at the end of each arm, the teacher's too."""
     rows = []
     for arm in ("teacher", *ARMS):
-        last = [[one for one in cell["epochs"] if one["arm"] == arm][-1] for cell in cells]
+        records = [last(cell, arm) for cell in cells]
         row: dict[str, object] = {"arm": arm}
         for key, name, scale in (
             ("train_loss", "training loss", 1),
             ("validation_loss", "validation loss", 1),
             ("validation_miou", "validation mIoU, %", 100),
         ):
-            one = interval([scale * record[key] for record in last])
+            one = interval([scale * record[key] for record in records])
             row[name] = f"{one.mean:.{1 if scale > 1 else 3}f} ± {one.half:.{1 if scale > 1 else 3}f}"
         rows.append(row)
     return as_markdown(rows)
@@ -138,6 +143,9 @@ def main(argv: list[str] | None = None) -> None:
         phases=phase_table(cells),
         by_seed=seed_table(cells),
         fit=fit_table(cells),
+        room=paired(
+            *([last(cell, arm)["validation_miou"] * 100 for cell in cells] for arm in ("teacher", "frozen"))
+        ).signed,
     )
     (args.output / "guide.md").write_text(text)
     print(text)
@@ -169,9 +177,8 @@ frozen baseline. Its five phases are read as these numbers of blocks. The frozen
 
 {fit}
 
-The teacher, a larger network with every layer trained, ends where the students do, and all of them have a lower loss in
-training than in validation, most so where more is trained: the sample's few images are the limit, not the features of
-a frozen encoder, so there is little for unfreezing to add.
+The larger teacher, every layer trained from the start, is {room} points of validation mIoU above the frozen student: there
+is about as much to be gained, and training losses so far below the validation losses say that the few images limit it.
 """
 
 
