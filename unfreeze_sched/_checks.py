@@ -9,16 +9,10 @@ import sys
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from inspect import isfunction
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
-
-if TYPE_CHECKING:
-    from pydantic._internal._model_construction import ModelMetaclass as _ModelType
-else:
-    _ModelType = type(BaseModel)  # which has no public name
 
 _REPR = reprlib.Repr()  # what is shown of a value, which may be anything
 _REPR.maxstring = _REPR.maxother = 200
@@ -61,9 +55,8 @@ def as_float(value: Any, name: str, *, fix: str) -> float:
 def one_of(value: Any, name: str, allowed: Sequence[str]) -> Any:
     """One of some words, the first of which is the default."""
     if value not in allowed:
-        raise ValueError(
-            f"`{name}` must be one of {', '.join(allowed)}, got {short(value)}; {allowed[0]!r} is the default"
-        )
+        words = ", ".join(allowed)
+        raise ValueError(f"`{name}` must be one of {words}, got {short(value)}; {allowed[0]!r} is the default")
     return value
 
 
@@ -121,15 +114,7 @@ def _equal(saved: Any, own: Any) -> bool:
 
 
 def columns(header: Sequence[str], rows: Iterable[Sequence[str]], right: Collection[str] = (), gap: int = 2) -> str:
-    r"""A table of plain text, whose cells may have several lines; the columns named in `right` are flush right.
-
-    Example:
-        >>> print(columns(["block", "lr"], [["layer4\nlayer3", "1e-4"]]))
-        block   lr
-        ------  ----
-        layer4  1e-4
-        layer3
-    """
+    """A table of plain text, whose cells may have several lines; the columns named in `right` are flush right."""
     lines = [tuple(header)]
     for row in rows:
         lines += zip_longest(*(cell.split("\n") for cell in row), fillvalue="")
@@ -141,10 +126,7 @@ def columns(header: Sequence[str], rows: Iterable[Sequence[str]], right: Collect
 
 
 def checked(field: str, check: Callable[..., Any], mode: Literal["before", "plain"] = "before", **keywords: Any) -> Any:
-    """The validator of a model's field by one of the checks above.
-
-    The annotation stays a plain `int` or `float`, which help, signatures and configuration tools read.
-    """
+    """A field's validator by one of the checks above, beside a plain annotation that help and tools can read."""
 
     def validated(value: Any) -> Any:
         try:
@@ -164,38 +146,17 @@ def as_state(kind: type[Model], saved: Any, giver: str) -> Model:
     if not isinstance(saved, Mapping):
         raise TypeError(f"`state_dict` must be a mapping, got {type(saved).__name__}; {fix}")
     if set(saved) != set(kind.model_fields):
-        got = ", ".join(map(short, saved)) or "none"
-        raise ValueError(
-            f"`state_dict` must have the keys {', '.join(kind.model_fields)}, got {got}; {fix} to a {giver}"
-        )
+        keys, got = ", ".join(kind.model_fields), ", ".join(map(short, saved)) or "none"
+        raise ValueError(f"`state_dict` must have the keys {keys}, got {got}; {fix} to a {giver}")
     try:
         return kind.model_validate(dict(saved))
     except ValidationError as error:
         first = error.errors()[0]
-        got = f"{first['loc'][0]}={short(first['input'])}" if first["loc"] else str(first["ctx"]["error"])
+        got = f"{first['loc'][0]}={short(first['input'])}"
         raise ValueError(f"`state_dict` must be one that {giver} gave, got {got}; {fix}") from None
 
 
-# Of the many methods of a pydantic model, those that are part of this package's contract: out and in again.
-_KEPT = ("model_dump", "model_dump_json", "model_validate", "model_validate_json")
-
-
-class _OwnNames(_ModelType):
-    """Lists what a model's own classes define, so that `help` is about them and not 400 lines of pydantic."""
-
-    def __dir__(cls) -> list[str]:  # noqa: N805  # a metaclass, which ruff does not see
-        own = [vars(kind).items() for kind in cls.__mro__ if isinstance(kind, _OwnNames)]
-        return sorted({*_KEPT, *(name for items in own for name, value in items if _is_own(name, value))})
-
-
-def _is_own(name: str, value: Any) -> bool:
-    """Whether a class attribute is public and was written, not made by pydantic."""
-    if name.startswith("_"):
-        return name.endswith("__") and isfunction(value) and not value.__module__.startswith("pydantic")
-    return name != "model_config"
-
-
-class FrozenModel(BaseModel, metaclass=_OwnNames):
+class FrozenModel(BaseModel):
     """An immutable, hashable pydantic model that takes its own fields and no others."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     from unfreeze_sched.unfreezer import ProgressiveUnfreezer
 
 
-# --- any flag
-
-
 def checked(convert: Callable[[str], Any], fits: Callable[[Any], bool], wanted: str) -> Callable[[str], Any]:
     """An argparse type: what `convert` makes of a text, where that fits; else the error says what was wanted."""
 
@@ -67,8 +64,6 @@ def add_flag(group: Any, usage: str, text: str, **options: Any) -> None:
     spelt = dict.fromkeys(spelling for name in names for spelling in (name, name.replace("_", "-")))
     group.add_argument(*spelt, help=text, **options)
 
-
-# --- the flags of progressive unfreezing
 
 NORMS = ("eval", "frozen", "fixed", "train")
 NORMS_HELP = (
@@ -159,12 +154,9 @@ def preset_from(args: argparse.Namespace, n_images: int | None = None) -> RatePr
 
 def overrides(args: argparse.Namespace) -> dict[str, Any]:
     """The preset's fields that flags override."""
-    flags = {
-        "unfreeze_start_epoch": args.unfreeze_start,
-        "unfreeze_rate": args.unfreeze_rate,
-        "learning_rate_scale": args.learning_rate_scale,
-    }
-    return {name: value for name, value in flags.items() if value is not None}
+    start, rate, scale = args.unfreeze_start, args.unfreeze_rate, args.learning_rate_scale
+    fields = {"unfreeze_start_epoch": start, "unfreeze_rate": rate, "learning_rate_scale": scale}
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def unfreezer_from_args(
@@ -194,18 +186,16 @@ def unfreezer_from_args(
         **keywords: Further ones of `ProgressiveUnfreezer`: the script's own defaults, which a flag overrides.
 
     Raises:
-        TypeError: As the constructor of `ProgressiveUnfreezer`.
-        ValueError: As there, and for a schedule that does not fit the run.
+        TypeError, ValueError: As the constructor of `ProgressiveUnfreezer`; also a schedule that does not fit the run.
 
     Example:
         >>> import torch
-        >>> from unfreeze_sched import Block
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
         >>> parser = argparse.ArgumentParser()
         >>> add_unfreeze_arguments(parser)
         >>> args = parser.parse_args(["--unfreeze_start", "1"])
         >>> optimizer = torch.optim.SGD(net[1].parameters(), lr=1.0)
-        >>> unfreezer = unfreezer_from_args(args, [Block("first", (net[0],))], optimizer, total_epochs=3)
+        >>> unfreezer = unfreezer_from_args(args, net, optimizer, total_epochs=3, head=optimizer)
         >>> [bool(unfreezer.apply(epoch)) for epoch in range(3)]
         [False, True, False]
     """

@@ -7,9 +7,9 @@ import logging
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Protocol, Self, get_args, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
 
 from unfreeze_sched import parallel
 from unfreeze_sched._checks import as_count, as_float, as_state
@@ -54,10 +54,8 @@ def checked_caps(caps: Sequence[Cap]) -> tuple[Cap, ...]:
     """The caps of an unfreezer, each of them one."""
     strange = [cap for cap in caps if not isinstance(cap, Cap)] if isinstance(caps, (list, tuple)) else [caps]
     if strange:
-        raise TypeError(
-            f"`caps` must be a sequence of guards and triggers, got {type(strange[0]).__name__}; "
-            "pass caps=[OverfitGuard()]"
-        )
+        got = type(strange[0]).__name__
+        raise TypeError(f"`caps` must be a sequence of guards and triggers, got {got}; pass caps=[OverfitGuard()]")
     return tuple(caps)
 
 
@@ -74,12 +72,6 @@ class _State(BaseModel):
     count: NonNegativeInt = 0  # consecutive checks that count towards `patience`
     cap: NonNegativeInt | None = None
 
-    @model_validator(mode="after")
-    def _number_within_total(self) -> Self:
-        if (self.number is None) != (self.total is None) or (self.number or 0) > (self.total or 0):
-            raise ValueError(f"number={self.number} of total={self.total}")
-        return self
-
 
 class _Follower(Cap):
     """What guard and trigger share: the settings, the checks since the last transition, the state."""
@@ -94,21 +86,17 @@ class _Follower(Cap):
         self.min_delta = as_float(min_delta, "min_delta", fix="0.0 counts any difference")
         if not 0 <= self.min_delta < math.inf:
             raise ValueError(f"`min_delta` must be finite and at least 0, got {min_delta!r}; 0.0 counts any difference")
+        self._rule = f"mode={mode!r}, min_delta={self.min_delta:g}"
 
     @property
     def cap(self) -> int | None:
         return self._state.cap
 
     def follow(self, number: int, total: int) -> None:
-        number = as_count(number, "number", minimum=0, fix="it is the number of unfrozen blocks")
-        total = as_count(total, "total", minimum=1, fix="count the encoder's blocks")
-        if number > total:
-            raise ValueError(f"`number` must be at most `total`, {total}, got {number}; count unfrozen blocks alone")
         state = self._state
         if state.total not in {None, total}:
-            raise ValueError(
-                f"`total` must stay {state.total}, got {total}; make a {type(self).__name__} for each unfreezer"
-            )
+            name = type(self).__name__
+            raise ValueError(f"`total` must stay {state.total}, got {total}; make a {name} for each unfreezer")
         if number != state.number:  # a transition
             state.number, state.total = number, total
             state.best, state.count = state.last, 0
@@ -144,21 +132,10 @@ class _Follower(Cap):
         loss, least = (math.inf if value is None else sign * value for value in (check, best))
         return least - loss
 
-    def _rule(self) -> str:
-        return f"mode={self.mode!r}, min_delta={self.min_delta:g}"
-
 
 class _GuardState(_State):
     reason: str = ""
     kept: float | None = None  # the check that the kept weights belong to
-
-    @model_validator(mode="after")
-    def _held_with_reason(self) -> Self:
-        if (self.cap is None) != (not self.reason) or (self.cap or 0) > (self.total or 0):
-            raise ValueError(f"cap={self.cap} of total={self.total} with reason={self.reason!r}")
-        if self.cap is not None and self.kept is not None:
-            raise ValueError(f"cap={self.cap} with kept={self.kept}")
-        return self
 
 
 class OverfitGuard(_Follower):
@@ -203,9 +180,8 @@ class OverfitGuard(_Follower):
     def __init__(self, patience: int = 3, mode: Mode = "min", min_delta: float = 0.0, model: Any = None) -> None:
         super().__init__(patience, mode, min_delta)
         if model is not None and not all(callable(getattr(model, n, None)) for n in ("state_dict", "load_state_dict")):
-            raise TypeError(
-                f"`model` must have state_dict and load_state_dict, got {type(model).__name__}; pass an nn.Module"
-            )
+            got = type(model).__name__
+            raise TypeError(f"`model` must have state_dict and load_state_dict, got {got}; pass an nn.Module")
         self._model = model
         self._weights: dict[str, Any] | None = None
         self._state = _GuardState(mode=mode)
@@ -238,7 +214,7 @@ class OverfitGuard(_Follower):
             worse = f"worse than {state.best:g}, the best since the last transition"
         reason = (
             f"held at {state.number} of {state.total} blocks after {state.count} check{'s' * (state.count > 1)} "
-            f"in a row {worse}, the last {metric:g} ({self._rule()})"
+            f"in a row {worse}, the last {metric:g} ({self._rule})"
         )
         if self._weights is not None:
             self._model.load_state_dict(self._weights)
@@ -330,7 +306,7 @@ class PlateauTrigger(_Follower):
         best = "" if state.best is None else f" on {state.best:g}, the best since the last transition"
         return (
             f"held at {state.number} of {state.total} blocks until {self.patience} checks in a row bring no improvement"
-            f"{best}, {state.count} so far ({self._rule()})"
+            f"{best}, {state.count} so far ({self._rule})"
         )
 
     def _take(self, check: float | None, metric: float) -> None:

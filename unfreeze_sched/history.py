@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import field
 from itertools import chain, pairwise, zip_longest
@@ -34,9 +33,6 @@ class Transition:
         learning_rates: Of the unfrozen blocks at that moment, by block name, deepest first; empty where the optimizer
             has no such thing.
         reason: `"schedule"`, or a guard's or trigger's sentence.
-
-    Raises:
-        pydantic.ValidationError: A ValueError that names the field and the value.
 
     Example:
         >>> Transition(10, 1, 7, {"layer4": 1e-4}, "schedule")
@@ -87,7 +83,6 @@ class History(Sequence[Transition]):
 
     def __init__(self) -> None:
         self._transitions: list[Transition] = []
-        self._names: list[str] = []  # deepest first, as far as they ever were unfrozen
 
     @overload
     def __getitem__(self, index: int) -> Transition: ...
@@ -99,41 +94,17 @@ class History(Sequence[Transition]):
     def __len__(self) -> int:
         return len(self._transitions)
 
-    @property
-    def last(self) -> Transition | None:
-        """The last transition, None before the first."""
-        return self._transitions[-1] if self._transitions else None
-
     def __repr__(self) -> str:
         return f"<History of {len(self)} transition{'s' * (len(self) != 1)}>"
 
-    def add(self, transition: Transition, given: str = "transition") -> None:
-        """Note a transition, which has to be of the same blocks as those before; the unfreezer calls this.
-
-        Raises:
-            TypeError, ValueError: It is no Transition, or of other blocks.
-        """
-        if not isinstance(transition, Transition):
-            raise TypeError(f"`transition` must be a Transition, got {short(transition)}; make one")
-        total = self._transitions[0].total if self._transitions else transition.total
-        if transition.total != total:
-            raise ValueError(
-                f"`{given}` must be of {total} blocks throughout, got {transition.total} at epoch "
-                f"{transition.epoch}; a history is of one model"
-            )
-        names = [*transition.learning_rates]
-        for known, name in zip(self._names, names, strict=False):
-            if known != name:
-                raise ValueError(
-                    f"`{given}` must have the same names throughout, deepest first, got {name!r} in the place of "
-                    f"{known!r} at epoch {transition.epoch}; a history is of one model"
-                )
-        self._names += names[len(self._names) :]
+    def add(self, transition: Transition) -> None:
+        """Note a transition, of the same blocks as those before; the unfreezer calls this."""
         self._transitions.append(transition)
 
     def _all_names(self) -> list[str]:
         """The names of all blocks, deepest first; of those that never were unfrozen their place."""
-        return self._names + [f"blocks[{index}]" for index in reversed(range(self[0].total - len(self._names)))]
+        known = [*max((transition.learning_rates for transition in self), key=len)]
+        return known + [f"blocks[{index}]" for index in reversed(range(self[0].total - len(known)))]
 
     def state_dict(self) -> list[dict[str, Any]]:
         """The transitions, of JSON's types alone."""
@@ -145,10 +116,8 @@ class History(Sequence[Transition]):
         Raises:
             ValueError: It is none; nothing has changed.
         """
-        loaded = History()
         try:
-            for transition in _SAVED.validate_python(saved):
-                loaded.add(transition, "saved")
+            self._transitions = _SAVED.validate_python(saved)
         except ValidationError as error:
             first = error.errors()[0]
             where = "".join(f"[{part!r}]" for part in first["loc"])
@@ -156,7 +125,6 @@ class History(Sequence[Transition]):
                 f"`saved{where}` must be what History.state_dict gave, got {short(first['input'])} ({first['msg']}); "
                 "pass it as it is"
             ) from None
-        self._transitions, self._names = loaded._transitions, loaded._names
 
     def to_json(self) -> str:
         """`state_dict()` as JSON text."""
@@ -209,11 +177,8 @@ class History(Sequence[Transition]):
             TypeError: `path` is no path, or `total_epochs` no integer.
             ValueError: Another suffix, or a run that ends before its last transition.
             RuntimeError: There is nothing to draw yet.
-            ModuleNotFoundError: matplotlib is not installed.
-            OSError: The file cannot be written.
+            ModuleNotFoundError, OSError: matplotlib is not installed; the file cannot be written.
         """
-        if not isinstance(path, (str, os.PathLike)):
-            raise TypeError(f"`path` must be a path, got {short(path)}; pass one such as 'run.png'")
         path = Path(path)
         if path.suffix.lower() not in _SUFFIXES:
             raise ValueError(f"`path` must end in one of {', '.join(_SUFFIXES)}, got {path}; name it run.png")
@@ -221,7 +186,11 @@ class History(Sequence[Transition]):
             raise RuntimeError("`plot` must be called after the first transition, got an empty history; apply an epoch")
         lasting = [t for place, t in enumerate(self) if all(later.epoch > t.epoch for later in self[place + 1 :])]
         edges = [transition.epoch for transition in lasting]
-        end = _end(edges, total_epochs)
+        if total_epochs is None:
+            end = 2 * edges[-1] - edges[-2] if len(edges) > 1 else edges[-1] + 1
+        else:
+            fix = f"pass the run's, whose last transition is at epoch {edges[-1]}, or None"
+            end = as_count(total_epochs, "total_epochs", minimum=edges[-1] + 1, fix=fix)
         rows: list[tuple[str, list[Span]]] = [(name, []) for name in self._all_names()]
         for transition, stop in zip(lasting, [*edges[1:], end], strict=True):
             rates: Sequence[float | None] = [*transition.learning_rates.values()] or [None] * transition.number
@@ -256,19 +225,6 @@ class History(Sequence[Transition]):
         figure.savefig(path, format=path.suffix[1:].lower())
 
 
-def _end(edges: Sequence[int], total_epochs: int | None) -> int:
-    """The epoch at which a picture ends."""
-    if total_epochs is None:
-        return edges[-1] + max(1, edges[-1] - edges[-2] if len(edges) > 1 else 0)
-    end = as_count(total_epochs, "total_epochs", minimum=1, fix="it is the number of epochs of the run")
-    if end <= edges[-1]:
-        raise ValueError(
-            f"`total_epochs` must be above {edges[-1]}, the epoch of the last transition, got {end}; "
-            "pass that of the run, or None"
-        )
-    return end
-
-
 def _parts(start: int, stop: int) -> list[slice]:
     """Depths as they are listed: one by one where they are few."""
     if stop - start > _LISTED:
@@ -294,10 +250,9 @@ Span = tuple[int, int, float | None]
 def draw_rows(
     figure: Any, axes: Any, rows: Sequence[tuple[str, Sequence[Span]]], limits: tuple[int, int], edges: Iterable[int]
 ) -> None:
-    """Draw what trains when into axes of matplotlib, with a colour bar where there are learning rates.
+    """Draw what trains when, from top to bottom, into axes of matplotlib; the rest is frozen.
 
-    `rows` are names and what is coloured of them, from top to bottom, the rest being frozen; `limits` the epochs at
-    which the picture begins and ends; `edges` those at which something changes.
+    The picture begins and ends at the epochs `limits`; at `edges` something changes.
     """
     import matplotlib as mpl  # noqa: PLC0415  # optional
     from matplotlib.cm import ScalarMappable  # noqa: PLC0415  # likewise

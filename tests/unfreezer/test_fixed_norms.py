@@ -217,4 +217,4 @@ def test_what_counts_as_a_batch_norm() -> None:
 
 def test_the_flags_offer_all_kinds() -> None:
     """What a command line offers is what the unfreezer takes."""
-    assert tuple(flags._FLAGS["unfreeze_norms"].options["choices"]) == get_args(Norms)
+    assert tuple(flags._FLAGS["unfreeze_norms"][2]["choices"]) == get_args(Norms)

@@ -91,16 +91,13 @@ def _as_milestones(value: Any, name: str) -> Any:
 
 
 class MilestonePreset(FrozenModel):
-    """The number of unfrozen blocks, stated by epoch; where it goes down, blocks are frozen again.
+    """The number of unfrozen blocks by epoch; where it goes down, blocks are frozen again. Errors as of a RatePreset.
 
         n(e) = the number at the last milestone that is <= e, 0 before the first
 
     Args:
         milestones: 0-based epoch -> number of unfrozen blocks; ascending epochs, of which JSON's strings are read.
         learning_rate_scale: Ratio of a joining block's learning rate to the head's, in (0, 1].
-
-    Raises:
-        pydantic.ValidationError: A ValueError that names the field, the value and one fix.
 
     Example:
         >>> from unfreeze_sched import UnfreezeSchedule
@@ -127,7 +124,7 @@ class MilestonePreset(FrozenModel):
 
 
 class FractionPreset(FrozenModel):
-    """Blocks spread evenly over a part of the run, T = total_epochs.
+    """Blocks spread evenly over a part of the run, T = total_epochs. Errors as of a RatePreset.
 
         n(e) = 0                                                                        for e < start * T
         n(e) = min(total_blocks, 1 + floor(total_blocks * (e - start*T) / ((end - start)*T)))   in between
@@ -139,9 +136,6 @@ class FractionPreset(FrozenModel):
         start: Share of the run after which the first block is unfrozen, in [0, 1), below `end`.
         end: Share of the run after which all blocks are unfrozen, in (0, 1].
         learning_rate_scale: Ratio of a joining block's learning rate to the head's, in (0, 1].
-
-    Raises:
-        pydantic.ValidationError: A ValueError that names the field, the value and one fix.
 
     Example:
         >>> dict(FractionPreset(start=0.2, end=0.8).changes(total_blocks=3, total_epochs=10))
@@ -186,6 +180,9 @@ _MEDIUM_FROM, _MEDIUM_UP_TO = 1_000, 10_000
 
 def preset_for(n_images: int) -> RatePreset:
     """The preset for a training set's size: `SMALL` below 1,000 images, `LARGE` above 10,000, else `MEDIUM`.
+
+    It gives one of the three and nothing else, since in the study on text (benchmarks/results/text.md) no other
+    schedule was better than full fine-tuning, or as good and cheaper, in every size; see choosing.md.
 
     Args:
         n_images: Number of training images, at least 1.
