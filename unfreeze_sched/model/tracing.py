@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 # The only part of torch that shares autograd but no data.
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -37,7 +36,6 @@ _USUAL_SIZES = (224, 256, 384, 299, 64, 32)
 _BATCH = 2  # a batch of one would lose its dimension to a `squeeze()`
 _TOKENS = 8
 _FRAMES = 16
-_NEEDS_DATA = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
 _SIZE_KEYS = ("img_size", "image_size")  # timm's, torchvision's and transformers' names
 
 
@@ -107,18 +105,22 @@ def join(prefix: str, key: str) -> str:
     return f"{prefix}.{key}" if prefix else key
 
 
+def root_of(module: nn.Module) -> str:
+    """The package in which a module's class is defined; none is imported to know it."""
+    return type(module).__module__.split(".")[0]
+
+
 def trace(model: nn.Module, example_input: Any = None) -> Trace:
     """Run a copy of the model that holds no data, in evaluation mode, and read the autograd graph.
 
-    Args:
-        model: The model; it is left untouched, and its parameters and modules are the keys of the trace.
-        example_input: A tensor, a tuple of positional or a dict of keyword arguments; `None` tries inputs that the
-            model's own attributes suggest, and then usual ones.
-
-    Raises:
-        TypeError: `example_input` is of another type.
-        TraceError: The model cannot be copied, runs on none of the inputs, or its output needs no gradient.
+    Its keys are the model's own parameters and modules. Without an example, inputs are tried that the model itself
+    suggests, and then usual ones; a TraceError says why none would do.
     """
+    from torch.fx.experimental.symbolic_shapes import (  # noqa: PLC0415  # with sympy, which is slow to load
+        GuardOnDataDependentSymNode,
+        ShapeEnv,
+    )
+
     model = unwrap(model)
     with _nothing_left_behind(model):
         # A model may hold small tensors that are not its buffers; sizes that depend on values are symbols.
@@ -136,7 +138,7 @@ def trace(model: nn.Module, example_input: Any = None) -> Trace:
                 with mode, guard:
                     args, kwargs = tree_map_only(Tensor, partial(_fake, mode), given)
                     output = twin(*args, **kwargs)
-            except _NEEDS_DATA as error:
+            except (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode) as error:
                 raise TraceError(
                     f"`model` must run forward without data, got {_first_line(error)}; no example_input= changes that, "
                     f"so name the blocks with patterns=, one a block, such as patterns=[r'{_pattern(model)}', ...]"
