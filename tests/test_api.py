@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "parallel": [],
     "schedule": ["_checks"],
     "model": ["_checks"],
-    "optimizer": ["_checks", "model.admission", "model.block", "parallel"],
+    "optimizer": ["_checks", "model.block", "parallel"],
     "guards": ["_checks", "parallel"],
     "history": ["_checks", "parallel"],
     "unfreezer": ["_checks", "guards", "history", "model", "optimizer", "parallel", "schedule"],

@@ -24,7 +24,7 @@ import unfreeze_sched.model.division
 import unfreeze_sched.model.encoder
 import unfreeze_sched.model.tracing
 from unfreeze_sched.model import Block, encoder_blocks
-from unfreeze_sched.model.admission import validate_blocks
+from unfreeze_sched.model.block import validate_blocks
 
 
 def conv_block(width: int = 4) -> nn.Sequential:

@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from unfreeze_sched.model.admission import is_peft
-from unfreeze_sched.model.block import Block
-from unfreeze_sched.model.tracing import Trace, children, join, root_of
+from unfreeze_sched.model.block import Block, Member, root_of
+from unfreeze_sched.model.tracing import Trace, children, join
 
 log = logging.getLogger("unfreeze_sched")
 
@@ -66,9 +65,10 @@ def divided(model: nn.Module, encoder: Encoder, traced: Trace, head: Collection[
     places, at_run = _places(stages, traced, {traced.uses[p] for p in head})
     owner = {parameter: places[use] for parameter, use in uses.items()}
     owner |= {parameter: index for index, own in enumerate(stages.values()) for parameter in own}
-    ran = {module: at_run[run] for module, run in traced.runs.items()}
+    beside = set(model.modules()) - set(encoder.scope(traced).modules())
+    ran = {module: at_run[run] for module, run in traced.runs.items()} | dict.fromkeys(beside)
     labels = [_label(name, encoder) for name in stages]
-    return collected(model, labels, without_fixed(model, owner), ran, set(encoder.scope(traced).modules()))
+    return collected(model, labels, without_fixed(model, owner), ran)
 
 
 def _label(name: str, encoder: Encoder) -> str:
@@ -86,7 +86,7 @@ def without_fixed(model: nn.Module, owner: Mapping[nn.Parameter, int]) -> dict[n
     fixed = {p for p, index in owner.items() if not p.requires_grad and (index in trainable or p in _held_fixed)}
     left = {p: index for p, index in owner.items() if p not in fixed}
     # What PEFT froze is refused where a block would hold it.
-    if not fixed or any(is_peft(module) for module in model.modules()) or {*left.values()} != {*owner.values()}:
+    if not fixed or "peft" in map(root_of, model.modules()) or {*left.values()} != {*owner.values()}:
         return dict(owner)
     _held_fixed.update(dict.fromkeys(fixed, True))
     names = [name for name, parameter in model.named_parameters() if parameter in fixed]
@@ -201,16 +201,15 @@ def collected(
     labels: list[str],
     owner: Mapping[nn.Parameter, int],
     ran: Mapping[nn.Module, int | None] | None = None,
-    scope: Collection[nn.Module] | None = None,
 ) -> list[Block]:
     """The blocks, of the largest modules that lie in one, and bare parameters where a module is divided.
 
     A module without parameters is in one block too, as far as it is no part of several members: one activation object
-    that serves every stage stays in each, and only within `scope`: with the block during which it first ran (`None`
-    for the head), or, where it did not run, with what is registered before it.
+    that serves every stage stays in each. It is the block during which it `ran` first, `None` above the encoder; where
+    it did not run, that of what is registered before it.
     """
-    members: list[dict[str, nn.Module | nn.Parameter]] = [{} for _ in labels]
-    seen: set[nn.Module | nn.Parameter] = set()
+    members: list[dict[str, Member]] = [{} for _ in labels]
+    seen: set[Member] = set()
     at_run = ran or {}
     # The block of what was registered last. Where the model ran there is always one; patterns may leave gaps.
     current = 0 if at_run else None
@@ -218,7 +217,7 @@ def collected(
     def place(name: str, part: Any) -> None:
         nonlocal current
         own = {part} if isinstance(part, nn.Parameter) else set(part.parameters())
-        if part in seen or (own <= seen if own else scope is not None and part not in scope):
+        if part in seen or (own and own <= seen):
             return
         seen.add(part)
         owners = {owner.get(parameter) for parameter in own}

@@ -15,10 +15,9 @@ from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
-from unfreeze_sched.model.admission import ADAPTERS, is_peft, parts_of
-from unfreeze_sched.model.block import Block
+from unfreeze_sched.model.block import ADAPTERS, Block, parts_of, root_of
 from unfreeze_sched.model.division import Encoder, collected, divided, parts, without_fixed
-from unfreeze_sched.model.tracing import Trace, TraceError, children, join, root_of, trace, unwrap, walk
+from unfreeze_sched.model.tracing import Trace, TraceError, children, join, trace, unwrap, walk
 
 Names = Mapping[nn.Parameter, str]  # each parameter of the model, with its qualified name
 
@@ -38,13 +37,13 @@ def encoder_blocks(
 
     Every parameter that the forward pass uses is in exactly one block or in the head. One that never receives a
     gradient is in none, nor is one that is not trainable while others of its block are: what is held fixed stays
-    fixed, and the log says which. The model is not changed, not run on data, and none of its memory is copied.
+    fixed, and the log says which. The model is not changed, not run on data, and its memory not copied.
 
     Args:
         model: An smp, timm, torchvision or transformers model, or any module with its `head`. DDP and `torch.compile`
             wrappers are looked through.
-        patterns: One regular expression a block, shallow to deep, searched for in the qualified names of the
-            parameters. The model is not run then, and parameters that no pattern matches are in no block.
+        patterns: One regular expression a block, shallow to deep, searched for in the parameters' qualified names.
+            The model is not run then, and what no pattern matches is in no block.
         head: What trains from the start: modules and parameters, or an optimizer that holds just that; `()` says that
             the model is all encoder. `None` where it is known: for smp, the decoder and heads; timm, its classifiers;
             torchvision, the part above the backbone, of a `classifier` of several layers the last; transformers, all
@@ -57,7 +56,6 @@ def encoder_blocks(
         side are in the order of depth, counted from the output; `sorted` by name puts one tower after the other.
 
     Raises:
-        TypeError: An argument is of the wrong type.
         ValueError: The model has no blocks or does not run, its head is neither known nor given, or not in the model;
             a pattern is broken, matches nothing or overlaps another; or PEFT adapted the model, and none names them.
 
@@ -144,13 +142,14 @@ def _compiled(patterns: Any) -> list[re.Pattern[str]]:
 
 def _nearest(pattern: str, names: Iterable[str]) -> str:
     """The three parameter or module names that look most like the pattern."""
-    known = {".".join(parts[:end]) for parts in (name.split(".") for name in names) for end in range(1, len(parts) + 1)}
+    paths = (name.split(".") for name in names)
+    known = {".".join(path[:end]) for path in paths for end in range(1, len(path) + 1)}
     plain = re.sub(r"[\\^$]", "", pattern).strip(".*")
     return ", ".join(repr(name) for name in difflib.get_close_matches(plain, sorted(known), n=3, cutoff=0))
 
 
 def _by_structure(model: nn.Module, names: Names, head: Any, example_input: Any) -> list[Block]:
-    if is_peft(model):
+    if root_of(model) == "peft":
         raise ValueError(
             f"`patterns` must name the adapters of a {type(model).__name__}, got none: blocks found by structure would "
             f"unfreeze the base weights that PEFT froze; {ADAPTERS}"
@@ -191,7 +190,6 @@ def _stated_head(model: nn.Module, names: Names, head: Any) -> frozenset[nn.Para
     if isinstance(head, (str, bytes)) or not isinstance(head, Iterable):
         raise TypeError(f"`head` must be modules, parameters or an optimizer, got {head!r}; {_FIX}")
     stated: set[nn.Parameter] = set()
-    modules = set(model.modules())
     for part in head:
         if isinstance(part, nn.Module):
             kind, own = type(part).__name__, dict(part.named_parameters())
@@ -200,9 +198,8 @@ def _stated_head(model: nn.Module, names: Names, head: Any) -> frozenset[nn.Para
         else:
             raise TypeError(f"`head` must hold modules or parameters, got {type(part).__name__}; {_FIX}")
         strange = [f"whose {key!r}" if key else "that" for key, parameter in own.items() if parameter not in names]
-        if strange or (not own and unwrap(part) not in modules):
-            what = f"{kind} {strange[0] if strange else 'that'} is not in it"
-            raise ValueError(f"`head` must hold parts of the model, got a {what}; {_FIX}")
+        if strange:
+            raise ValueError(f"`head` must hold parts of the model, got a {kind} {strange[0]} is not in it; {_FIX}")
         if not own:
             raise ValueError(f"`head` must hold parameters, got a {kind} without any; leave it out of the list")
         stated.update(own.values())

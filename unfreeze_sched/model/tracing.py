@@ -36,7 +36,6 @@ _USUAL_SIZES = (224, 256, 384, 299, 64, 32)
 _BATCH = 2  # a batch of one would lose its dimension to a `squeeze()`
 _TOKENS = 8
 _FRAMES = 16
-_SIZE_KEYS = ("img_size", "image_size")  # timm's, torchvision's and transformers' names
 
 
 class TraceError(ValueError):
@@ -105,21 +104,14 @@ def join(prefix: str, key: str) -> str:
     return f"{prefix}.{key}" if prefix else key
 
 
-def root_of(module: nn.Module) -> str:
-    """The package in which a module's class is defined; none is imported to know it."""
-    return type(module).__module__.split(".")[0]
-
-
 def trace(model: nn.Module, example_input: Any = None) -> Trace:
     """Run a copy of the model that holds no data, in evaluation mode, and read the autograd graph.
 
     Its keys are the model's own parameters and modules. Without an example, inputs are tried that the model itself
     suggests, and then usual ones; a TraceError says why none would do.
     """
-    from torch.fx.experimental.symbolic_shapes import (  # noqa: PLC0415  # with sympy, which is slow to load
-        GuardOnDataDependentSymNode,
-        ShapeEnv,
-    )
+    # Here, since it loads sympy, which takes longer than all else.
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv  # noqa: PLC0415
 
     model = unwrap(model)
     with _nothing_left_behind(model):
@@ -369,9 +361,8 @@ def _stated_sizes(model: nn.Module) -> Iterator[tuple[int, int]]:
     """Image sizes from the attributes by which timm, torchvision and transformers state them."""
     for _, module in walk(model):
         cfg = getattr(module, "pretrained_cfg", None)
-        stated = [
-            getattr(source, key, None) for source in (module, getattr(module, "config", None)) for key in _SIZE_KEYS
-        ]
+        sources = (module, getattr(module, "config", None))
+        stated = [getattr(source, key, None) for source in sources for key in ("img_size", "image_size")]
         for size in (*stated, cfg.get("input_size") if isinstance(cfg, Mapping) else None):
             if isinstance(size, int):
                 yield size, size
