@@ -202,7 +202,7 @@ def unfreezer_from_args(
     from torch import nn  # noqa: PLC0415  # the parser needs none of it
 
     from unfreeze_sched.model import encoder_blocks  # noqa: PLC0415  # likewise
-    from unfreeze_sched.model.admission import validate_blocks  # noqa: PLC0415  # likewise
+    from unfreeze_sched.model.block import validate_blocks  # noqa: PLC0415  # likewise
     from unfreeze_sched.unfreezer import ProgressiveUnfreezer  # noqa: PLC0415  # likewise
 
     preset: RatePreset | MilestonePreset | None = preset_from(args, n_images)

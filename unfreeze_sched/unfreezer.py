@@ -17,7 +17,7 @@ from unfreeze_sched._checks import as_state, differences, listed, one_of, short,
 from unfreeze_sched.guards import Cap, checked_caps
 from unfreeze_sched.history import History, Transition
 from unfreeze_sched.model import Block
-from unfreeze_sched.model.admission import parts_of, validate_blocks
+from unfreeze_sched.model.block import parts_of, validate_blocks
 from unfreeze_sched.model.freezing import (
     Norms,
     drop_gradients,

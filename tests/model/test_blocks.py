@@ -22,10 +22,9 @@ from torch.utils.checkpoint import checkpoint
 
 import unfreeze_sched.model.division
 import unfreeze_sched.model.encoder
-import unfreeze_sched.model.head
 import unfreeze_sched.model.tracing
 from unfreeze_sched.model import Block, encoder_blocks
-from unfreeze_sched.model.admission import validate_blocks
+from unfreeze_sched.model.block import validate_blocks
 
 
 def conv_block(width: int = 4) -> nn.Sequential:
@@ -920,13 +919,7 @@ def test_no_architecture_is_named() -> None:
     families = {word for name in registered for word in re.findall(r"[a-z]{4,}", name.lower())[:1]}
     families -= {"base", "next", "timm"}  # English words too, and the prefix of a library
     assert {"resnet", "efficientnet", "swin", "densenet", "convnext", "regnet"} <= families
-    parts = (
-        unfreeze_sched.model.encoder,
-        unfreeze_sched.model.head,
-        unfreeze_sched.model.division,
-        unfreeze_sched.model.tracing,
-    )
-    for module in parts:
+    for module in (unfreeze_sched.model.encoder, unfreeze_sched.model.division, unfreeze_sched.model.tracing):
         assert module.__file__ is not None
         found = words_in_code(Path(module.__file__)) & families
         assert not found, f"{module.__name__} names {found}"

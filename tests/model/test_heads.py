@@ -111,7 +111,7 @@ FIX = "pass the modules that train from the start, such as head=[model.fc]"
         (
             lambda net: [nn.Identity()],
             ValueError,
-            f"`head` must hold parts of the model, got a Identity that is not in it; {FIX}",
+            "`head` must hold parameters, got a Identity without any; leave it out of the list",
         ),
         (
             lambda net: [net.age, net.drop],

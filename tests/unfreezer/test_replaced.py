@@ -18,7 +18,7 @@ from torch.nn.utils import parametrizations
 from torch.optim import Optimizer
 
 from unfreeze_sched import Block, ProgressiveUnfreezer, RatePreset, UnfreezeSchedule, encoder_blocks
-from unfreeze_sched.model.admission import gone
+from unfreeze_sched.model.block import gone
 from unfreeze_sched.optimizer.watch import Owners
 
 PRESET = RatePreset(unfreeze_start_epoch=1, unfreeze_rate=1, learning_rate_scale=0.5)

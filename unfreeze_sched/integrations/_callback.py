@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from unfreeze_sched._checks import one_of
 from unfreeze_sched.model import Block, encoder_blocks
-from unfreeze_sched.model.admission import validate_blocks
+from unfreeze_sched.model.block import validate_blocks
 from unfreeze_sched.model.tracing import unwrap
 from unfreeze_sched.schedule import Preset, UnfreezeSchedule
 from unfreeze_sched.unfreezer import Options, ProgressiveUnfreezer

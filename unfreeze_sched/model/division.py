@@ -7,15 +7,13 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from unfreeze_sched.model.admission import is_peft
-from unfreeze_sched.model.block import Block
-from unfreeze_sched.model.head import Encoder, known_encoder, layers, refuse_inner_head
-from unfreeze_sched.model.tracing import Trace, TraceError, children, join, trace
+from unfreeze_sched.model.block import Block, Member, root_of
+from unfreeze_sched.model.tracing import Trace, children, join
 
 log = logging.getLogger("unfreeze_sched")
 
@@ -35,46 +33,48 @@ _held_fixed = WeakIdKeyDictionary()
 once the schedule has frozen all of it."""
 
 
-def divided(model: nn.Module, head: frozenset[nn.Parameter] | None, example_input: Any) -> list[Block]:
-    """The blocks of an unwrapped model's encoder below a head, which is `None` where the model's conventions say it."""
-    encoder = known_encoder(model) if head is None else Encoder("", model, head)
-    traced = _trace(model, head, example_input)
-    if head is None:
-        refuse_inner_head(model, traced)
-    outside = encoder.head_of(traced)
-    uses = {parameter: use for parameter, use in traced.uses.items() if parameter not in outside}
-    if not uses or (head and not layers(model, uses)):  # a token alone is no encoder
-        what = "`model`" if head is None else "`head`"
-        fix = "name the blocks with patterns=" if head is None else "leave the encoder out of it"
-        raise ValueError(f"{what} must leave an encoder below the head, got {type(model).__name__} without one; {fix}")
+class Encoder(NamedTuple):
+    """Where a model's encoder is."""
+
+    name: str  # qualified, of the module that holds it; '' for the model
+    top: nn.Module  # that module; what is outside of it is head, except for what feeds it
+    head: frozenset[nn.Parameter] = frozenset()  # parameters inside of it that are head
+    around: nn.Module | None = None  # the module above it, where that calls it its base model
+
+    def scope(self, traced: Trace) -> nn.Module:
+        """The module that is all encoder: `around` where `top` is a middle part of it, with embeddings before it."""
+        if self.around is None or root_of(self.around) != "transformers":
+            return self.top
+        inside = set(self.top.parameters())
+        feeding = traced.feeding(inside)
+        middle = any(traced.uses.get(p) in feeding for p in self.around.parameters() if p not in inside)
+        return self.around if middle else self.top
+
+    def head_of(self, traced: Trace) -> set[nn.Parameter]:
+        """The parameters of the whole model that the forward pass uses and that are in no block."""
+        inside = set(self.scope(traced).parameters())
+        feeding = traced.feeding(inside)
+        return {p for p, use in traced.uses.items() if p in self.head or (p not in inside and use not in feeding)}
+
+
+def divided(model: nn.Module, encoder: Encoder, traced: Trace, head: Collection[nn.Parameter]) -> list[Block]:
+    """The blocks of an unwrapped model's encoder, of all that the forward pass uses outside of the head."""
+    uses = {parameter: use for parameter, use in traced.uses.items() if parameter not in head}
     found = _find_stages(encoder.name, encoder.top, uses)
     stages = _in_order(_as_stages(found, uses) or _as_stages(found, uses, least_dim=0), traced)
-    places, at_run = _places(stages, traced, {traced.uses[p] for p in outside})
+    places, at_run = _places(stages, traced, {traced.uses[p] for p in head})
     owner = {parameter: places[use] for parameter, use in uses.items()}
     owner |= {parameter: index for index, own in enumerate(stages.values()) for parameter in own}
-    ran = {module: at_run[run] for module, run in traced.runs.items()}
+    beside = set(model.modules()) - set(encoder.scope(traced).modules())
+    ran = {module: at_run[run] for module, run in traced.runs.items()} | dict.fromkeys(beside)
     labels = [_label(name, encoder) for name in stages]
-    return collected(model, labels, without_fixed(model, owner), ran, set(encoder.scope(traced).modules()))
+    return collected(model, labels, without_fixed(model, owner), ran)
 
 
 def _label(name: str, encoder: Encoder) -> str:
     """The name relative to the encoder, except where only a number would be left of it."""
     relative = name.removeprefix(encoder.name).removeprefix(".") or type(encoder.top).__name__
     return name if relative.split(".")[0].isdigit() and name else relative
-
-
-def _trace(model: nn.Module, head: frozenset[nn.Parameter] | None, example_input: Any) -> Trace:
-    try:
-        return trace(model, example_input)
-    except TraceError:
-        # A detector computes its boxes from data; what it reads of its backbone is all of the backbone's outputs.
-        backbone = dict(children(model)).get("backbone")
-        detector = type(model).__module__.startswith("torchvision.models.detection")
-        if backbone is None or not detector or example_input is not None:
-            raise  # elsewhere something may run before the backbone
-        if head is not None and not head >= set(model.parameters()) - set(backbone.parameters()):
-            raise
-        return trace(backbone)
 
 
 def without_fixed(model: nn.Module, owner: Mapping[nn.Parameter, int]) -> dict[nn.Parameter, int]:
@@ -86,7 +86,7 @@ def without_fixed(model: nn.Module, owner: Mapping[nn.Parameter, int]) -> dict[n
     fixed = {p for p, index in owner.items() if not p.requires_grad and (index in trainable or p in _held_fixed)}
     left = {p: index for p, index in owner.items() if p not in fixed}
     # What PEFT froze is refused where a block would hold it.
-    if not fixed or any(is_peft(module) for module in model.modules()) or {*left.values()} != {*owner.values()}:
+    if not fixed or "peft" in map(root_of, model.modules()) or {*left.values()} != {*owner.values()}:
         return dict(owner)
     _held_fixed.update(dict.fromkeys(fixed, True))
     names = [name for name, parameter in model.named_parameters() if parameter in fixed]
@@ -116,11 +116,12 @@ def _places(stages: Stages, traced: Trace, head: Collection[int]) -> tuple[list[
     return places, [*at_run, None if head else last]
 
 
-def _used(module: nn.Module, uses: Uses) -> set[nn.Parameter]:
+def _used(module: nn.Module, uses: Collection[nn.Parameter]) -> set[nn.Parameter]:
     return {parameter for parameter in module.parameters() if parameter in uses}
 
 
-def _parts(path: str, module: nn.Module, uses: Uses) -> Parts:
+def parts(path: str, module: nn.Module, uses: Collection[nn.Parameter]) -> Parts:
+    """The children of a module at a path that hold some of these parameters."""
     return [(join(path, key), child) for key, child in children(module) if _used(child, uses)]
 
 
@@ -129,7 +130,7 @@ def _find_stages(path: str, top: nn.Module, uses: Uses) -> Parts:
     total = len(_used(top, uses))
     name, node = path, top
     while True:
-        inside = _parts(name, node, uses)
+        inside = parts(name, node, uses)
         groups: dict[str, Parts] = defaultdict(list)
         for item in inside:
             groups[_without_number(item[0])].append(item)
@@ -141,10 +142,10 @@ def _find_stages(path: str, top: nn.Module, uses: Uses) -> Parts:
         if not dominant:
             break
         name, node = dominant[0]
-    parts = _parts(path, top, uses)
-    towers = [_find_stages(*item, uses) for item in parts if _weight([item], uses) > _TOWER * total]
+    first = parts(path, top, uses)
+    towers = [_find_stages(*item, uses) for item in first if _weight([item], uses) > _TOWER * total]
     several = [tower for tower in towers if len(_as_stages(tower, uses)) > 1]
-    return [*chain(*several)] or (parts if _as_stages(parts, uses) else [(path, top)])
+    return [*chain(*several)] or (first if _as_stages(first, uses) else [(path, top)])
 
 
 def _weight(parts: Parts, uses: Uses) -> int:
@@ -168,7 +169,7 @@ def _equally_nested(group: Parts, uses: Uses) -> Parts:
 
 def _nesting(module: nn.Module, uses: Uses) -> int:
     """0 for a layer, 1 for a block of layers, 2 for anything above; what holds no parameter does not count."""
-    return min(2, max((1 + _nesting(child, uses) for _, child in _parts("", module, uses)), default=0))
+    return min(2, max((1 + _nesting(child, uses) for _, child in parts("", module, uses)), default=0))
 
 
 def _as_stages(candidates: Parts, uses: Uses, least_dim: int = 2) -> Stages:
@@ -200,22 +201,15 @@ def collected(
     labels: list[str],
     owner: Mapping[nn.Parameter, int],
     ran: Mapping[nn.Module, int | None] | None = None,
-    scope: Collection[nn.Module] | None = None,
 ) -> list[Block]:
     """The blocks, of the largest modules that lie in one, and bare parameters where a module is divided.
 
     A module without parameters is in one block too, as far as it is no part of several members: one activation object
-    that serves every stage stays in each. Those that did not run go with what is registered before them.
-
-    Args:
-        model: The model, unwrapped.
-        labels: The names of the blocks.
-        owner: The index of the block of each parameter that has one.
-        ran: That of the block during which each module first ran, `None` for the head; for those without parameters.
-        scope: The modules without parameters that are placed at all; `None` for all.
+    that serves every stage stays in each. It is the block during which it `ran` first, `None` above the encoder; where
+    it did not run, that of what is registered before it.
     """
-    members: list[dict[str, nn.Module | nn.Parameter]] = [{} for _ in labels]
-    seen: set[nn.Module | nn.Parameter] = set()
+    members: list[dict[str, Member]] = [{} for _ in labels]
+    seen: set[Member] = set()
     at_run = ran or {}
     # The block of what was registered last. Where the model ran there is always one; patterns may leave gaps.
     current = 0 if at_run else None
@@ -223,7 +217,7 @@ def collected(
     def place(name: str, part: Any) -> None:
         nonlocal current
         own = {part} if isinstance(part, nn.Parameter) else set(part.parameters())
-        if part in seen or (own <= seen if own else scope is not None and part not in scope):
+        if part in seen or (own and own <= seen):
             return
         seen.add(part)
         owners = {owner.get(parameter) for parameter in own}

@@ -33,13 +33,12 @@ def unfreeze(block: Block) -> None:
 def set_requires_grad(
     parameters: Iterable[nn.Parameter], *, requires_grad: bool, flipped: list[nn.Parameter]
 ) -> list[nn.Parameter]:
-    """Set the flag, and return those of the parameters on which it changed and that hold a gradient.
+    """Set the flag, and return those with a gradient on which it changed.
 
-    One loop, since the first look at each of many tensors is what costs. `flipped` gets each parameter before its flag
-    changes, so that an interrupted call can be undone.
+    `flipped` gets each parameter before its flag changes, so that an interrupted call can be undone.
     """
     with_gradient = []
-    for parameter in parameters:
+    for parameter in parameters:  # once, since the first look at each of many tensors is what costs
         if parameter.requires_grad is not requires_grad:
             flipped.append(parameter)
             parameter.requires_grad = requires_grad
@@ -60,7 +59,7 @@ def norms_of(block: Block) -> tuple[nn.Module, ...]:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether the module is a norm layer: by torch's classes, or by a buffer of its own that only training writes."""
+    """By torch's classes, or by a buffer of its own that only training writes."""
     kinds = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
     return isinstance(module, kinds) or not _WRITTEN_IN_TRAINING.isdisjoint(module._buffers)  # noqa: SLF001
 
@@ -92,8 +91,7 @@ def _is_batch_norm(module: nn.Module) -> bool:
 class _EvalHold:
     """Stands in for `module.train` while a norm layer is frozen: remembers the mode asked for, and stays in evaluation.
 
-    An attribute of the instance, to survive a `train()` on any parent, and no closure, which cannot be pickled. It
-    stands in for `reset_running_stats` too: `update_bn` calls that, and then relies on training mode for new ones.
+    An attribute of the instance, to survive a `train()` on any parent, and no closure, which cannot be pickled.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -107,7 +105,7 @@ class _EvalHold:
         return self.module
 
     def keep_running_stats(self) -> None:
-        """What `reset_running_stats` does meanwhile."""
+        """For `reset_running_stats`: `update_bn` calls that, and then relies on training mode for new ones."""
 
 
 def hold_in_eval(norms: Iterable[nn.Module]) -> None:

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 # The only part of torch that shares autograd but no data.
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -37,8 +36,6 @@ _USUAL_SIZES = (224, 256, 384, 299, 64, 32)
 _BATCH = 2  # a batch of one would lose its dimension to a `squeeze()`
 _TOKENS = 8
 _FRAMES = 16
-_NEEDS_DATA = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
-_SIZE_KEYS = ("img_size", "image_size")  # timm's, torchvision's and transformers' names
 
 
 class TraceError(ValueError):
@@ -110,15 +107,12 @@ def join(prefix: str, key: str) -> str:
 def trace(model: nn.Module, example_input: Any = None) -> Trace:
     """Run a copy of the model that holds no data, in evaluation mode, and read the autograd graph.
 
-    Args:
-        model: The model; it is left untouched, and its parameters and modules are the keys of the trace.
-        example_input: A tensor, a tuple of positional or a dict of keyword arguments; `None` tries inputs that the
-            model's own attributes suggest, and then usual ones.
-
-    Raises:
-        TypeError: `example_input` is of another type.
-        TraceError: The model cannot be copied, runs on none of the inputs, or its output needs no gradient.
+    Its keys are the model's own parameters and modules. Without an example, inputs are tried that the model itself
+    suggests, and then usual ones; a TraceError says why none would do.
     """
+    # Here, since it loads sympy, which takes longer than all else.
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv  # noqa: PLC0415
+
     model = unwrap(model)
     with _nothing_left_behind(model):
         # A model may hold small tensors that are not its buffers; sizes that depend on values are symbols.
@@ -136,7 +130,7 @@ def trace(model: nn.Module, example_input: Any = None) -> Trace:
                 with mode, guard:
                     args, kwargs = tree_map_only(Tensor, partial(_fake, mode), given)
                     output = twin(*args, **kwargs)
-            except _NEEDS_DATA as error:
+            except (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode) as error:
                 raise TraceError(
                     f"`model` must run forward without data, got {_first_line(error)}; no example_input= changes that, "
                     f"so name the blocks with patterns=, one a block, such as patterns=[r'{_pattern(model)}', ...]"
@@ -367,9 +361,8 @@ def _stated_sizes(model: nn.Module) -> Iterator[tuple[int, int]]:
     """Image sizes from the attributes by which timm, torchvision and transformers state them."""
     for _, module in walk(model):
         cfg = getattr(module, "pretrained_cfg", None)
-        stated = [
-            getattr(source, key, None) for source in (module, getattr(module, "config", None)) for key in _SIZE_KEYS
-        ]
+        sources = (module, getattr(module, "config", None))
+        stated = [getattr(source, key, None) for source in sources for key in ("img_size", "image_size")]
         for size in (*stated, cfg.get("input_size") if isinstance(cfg, Mapping) else None):
             if isinstance(size, int):
                 yield size, size

@@ -25,8 +25,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from torch.optim import Optimizer
 
 from unfreeze_sched._checks import as_count, as_ratio, listed, one_of, warn
-from unfreeze_sched.model.admission import validate_blocks
-from unfreeze_sched.model.block import Block
+from unfreeze_sched.model.block import Block, validate_blocks
 from unfreeze_sched.optimizer import admission, groups, rates
 from unfreeze_sched.optimizer.groups import BLOCK_KEY, SUBSET_KEY, Group
 from unfreeze_sched.optimizer.subsets import Overrides, Subset, subsets_of

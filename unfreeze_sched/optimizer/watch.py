@@ -18,8 +18,7 @@ from torch.utils.weak import TensorWeakRef
 
 from unfreeze_sched import parallel
 from unfreeze_sched._checks import listed, warn
-from unfreeze_sched.model.admission import gone
-from unfreeze_sched.model.block import Block, Named
+from unfreeze_sched.model.block import Block, Named, gone
 from unfreeze_sched.optimizer.groups import tag
 
 Probe = Literal["ranks", "local", "off"]
