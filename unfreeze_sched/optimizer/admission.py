@@ -1,7 +1,4 @@
-"""What is refused before anything changes, in words: engines, optimizers, parameters and LR schedulers.
-
-Each function looks for itself, and does nothing where all is well.
-"""
+"""What is refused before anything changes, in words: engines, optimizers, parameters and LR schedulers."""
 
 from __future__ import annotations
 
@@ -15,8 +12,6 @@ from unfreeze_sched._checks import listed
 from unfreeze_sched.model.block import Block, Named
 from unfreeze_sched.optimizer import rates
 from unfreeze_sched.optimizer.groups import BLOCK_KEY, class_path, innermost, layers, why_no_rate, written
-
-# --- the engine and the optimizer
 
 
 def refuse_engine(optimizer: Any, blocks: Iterable[Block]) -> None:
@@ -53,13 +48,6 @@ def refuse_optimizer(
     """Refuse an optimizer that cannot take groups with these ratios of learning rates to the template's.
 
     `late` are groups that join once training has begun; `drops` says that one may be emptied and filled again.
-
-    Example:
-        >>> import torch
-        >>> refuse_optimizer(torch.optim.LBFGS([nn.Parameter(torch.ones(1))]))
-        Traceback (most recent call last):
-        ...
-        ValueError: `optimizer` must take further param groups, got LBFGS, which holds one; use another
     """
     groups = optimizer.param_groups
     if template >= len(groups) or BLOCK_KEY in (group := groups[template]):
@@ -105,8 +93,8 @@ def _refuse_forwarding(optimizer: Any) -> None:
     inner = [
         name
         for name, value in vars(last).items()
-        if getattr(value, "param_groups", None) is last.param_groups
-        and not any(layer is last for layer in layers(value))  # it wraps this one
+        # What has this one among its layers wraps it.
+        if getattr(value, "param_groups", None) is last.param_groups and last not in layers(value)
     ]
     if inner or "param_groups" not in vars(last):
         raise ValueError(
@@ -117,14 +105,9 @@ def _refuse_forwarding(optimizer: Any) -> None:
 
 def refuse_warmup(optimizer: Any, steps: int, template: int = 0) -> None:
     """Refuse a warm-up where a group has no rate of its own, or builds state from its first, false for good then."""
-    why = why_no_rate(optimizer, optimizer.param_groups[template])
-    if isinstance(optimizer, (Rprop, ASGD)):
-        why = "which builds its state from the learning rate"
-    if steps and why:
+    builds = "which builds its state from the learning rate" if isinstance(optimizer, (Rprop, ASGD)) else None
+    if steps and (why := builds or why_no_rate(optimizer, optimizer.param_groups[template])):
         raise ValueError(f"`warmup_steps` must be 0 for {type(optimizer).__name__}, {why}, got {steps}; leave it out")
-
-
-# --- parameters
 
 
 def refuse_members(optimizer: Optimizer, blocks: Sequence[Block], claimed: Iterable[Block]) -> None:
@@ -139,10 +122,7 @@ def refuse_members(optimizer: Optimizer, blocks: Sequence[Block], claimed: Itera
     for group in optimizer.param_groups:
         own, inside = group.get(BLOCK_KEY), [homes.get(id(parameter)) for parameter in group["params"]]
         if own in names and None in inside:
-            raise ValueError(
-                f"`blocks` must have names of their own, got {own!r}, under which the optimizer holds other "
-                "parameters already; rename the block"
-            )
+            raise _taken(own, "the optimizer holds other parameters already")
         strangers += [home[0] for home in inside if home and home[1] != own]
     if strangers:
         raise ValueError(
@@ -153,10 +133,14 @@ def refuse_members(optimizer: Optimizer, blocks: Sequence[Block], claimed: Itera
     taken = {block.name: set(block.parameters()) for block in claimed}
     for block in blocks:
         if block.name in taken and taken[block.name].isdisjoint(block.parameters()):
-            raise ValueError(
-                f"`blocks` must have names of their own, got {block.name!r}, under which another unfreezer of this "
-                f"optimizer holds other parameters; rename it: Block({'second.' + block.name!r}, block.members)"
-            )
+            raise _taken(block.name, "another unfreezer of this optimizer holds other parameters")
+
+
+def _taken(name: str, by: str) -> ValueError:
+    return ValueError(
+        f"`blocks` must have names of their own, got {name!r}, under which {by}; rename it: "
+        f"Block({'second.' + name!r}, block.members)"
+    )
 
 
 def refuse_loss(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
@@ -198,9 +182,7 @@ def refuse_unfit(
             problem = ValueError("a use_muon group takes matrices")
         if template.get("fused") and not parameter.is_floating_point():
             problem = ValueError(f"a fused group takes floating point, not {parameter.dtype}")
-        stand_in = nn.Parameter(  # holds one number
-            parameter.detach().new_empty(()).expand(parameter.shape), requires_grad=parameter.requires_grad
-        )
+        stand_in = nn.Parameter(parameter.detach().new_empty(()).expand(parameter.shape))  # holds one number
         for layer in layers(optimizer):
             if type(layer).__module__.startswith("torch.optim"):
                 try:
@@ -215,14 +197,10 @@ def refuse_unfit(
         admitted.add(kind)
 
 
-# --- LR schedulers
-
-
 def refuse_schedulers(optimizer: Optimizer, schedulers: Sequence[Any] | None) -> None:
     """Refuse what no group can join: a scheduler of an unknown class or another optimizer, or one that was kept back.
 
-    So are lists with too many entries for the groups, or too few where nobody can tell the missing ones, as they are
-    after a group of the user's own was added or deleted behind the scheduler's back.
+    So are lists with too many entries for the groups, or too few where nobody can tell the missing ones.
     """
     if schedulers is None:
         return
@@ -252,7 +230,6 @@ def refuse_schedulers(optimizer: Optimizer, schedulers: Sequence[Any] | None) ->
             if len(values) > len(groups) or None in missing:
                 raise ValueError(
                     f"`lr_schedulers` must have an entry for each of the {len(groups)} groups, got {len(values)} in "
-                    f"{type(part).__name__}.{name}: one was added or deleted after the scheduler was made (give the "
-                    "list its entry, or make the scheduler when all groups are there), or at a resume the scheduler "
+                    f"{type(part).__name__}.{name}: one was added or deleted since (give the list its entry), or it "
                     "was loaded before the unfreezer; load unfreezer, scheduler, optimizer in this order"
                 )
