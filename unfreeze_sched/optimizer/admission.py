@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -11,7 +11,7 @@ from torch.optim import ASGD, LBFGS, Optimizer, Rprop
 from unfreeze_sched._checks import listed
 from unfreeze_sched.model.block import Block, Named
 from unfreeze_sched.optimizer import rates
-from unfreeze_sched.optimizer.groups import BLOCK_KEY, class_path, innermost, layers, why_no_rate, written
+from unfreeze_sched.optimizer.groups import BLOCK_KEY, Group, class_path, innermost, layers, why_no_rate, written
 
 
 def refuse_engine(optimizer: Any, blocks: Iterable[Block]) -> None:
@@ -22,29 +22,23 @@ def refuse_engine(optimizer: Any, blocks: Iterable[Block]) -> None:
                 f"`optimizer` must take further param groups, got DeepSpeed's {type(layer).__name__}, which lays all "
                 "parameters out when it is made; use DDP, or FSDP2's fully_shard"
             )
-    fix = "pass use_orig_params=True to FullyShardedDataParallel, or use fully_shard"
     for block in blocks:
         named = tuple(block.named_parameters())
-        if not named:
+        if parted := [name for name, parameter in named if hasattr(parameter, "ds_id")]:
             raise ValueError(
-                f"`blocks` must hold the model's own parameters, got {block.name!r}, whose modules hold none any more; "
-                f"if FSDP took them, {fix}"
+                f"`blocks` must hold parameters that can join later, got {parted[0]}, which DeepSpeed partitions; "
+                "use DDP, or FSDP2's fully_shard"
             )
-        for name, parameter in named:
-            if hasattr(parameter, "ds_id"):
-                raise ValueError(
-                    f"`blocks` must hold parameters that can join later, got {name}, which DeepSpeed partitions; "
-                    "use DDP, or FSDP2's fully_shard"
-                )
-            if getattr(parameter, "_is_flat_param", False):
-                raise ValueError(
-                    f"`blocks` must hold the model's own parameters, got {name}, which FSDP made of several; {fix}"
-                )
+        flat = [name for name, parameter in named if getattr(parameter, "_is_flat_param", False)]
+        if flat or not named:
+            got = f"{flat[0]}, which FSDP made of several" if flat else f"{block.name!r}, which has none any more"
+            raise ValueError(
+                f"`blocks` must hold the model's own parameters, got {got}; pass use_orig_params=True to "
+                "FullyShardedDataParallel, or use fully_shard"
+            )
 
 
-def refuse_optimizer(
-    optimizer: Any, template: int = 0, ratios: Sequence[float] = (), *, late: bool = True, drops: bool = False
-) -> None:
+def refuse_optimizer(optimizer: Any, template: int, ratios: Sequence[float], *, late: bool, drops: bool) -> None:
     """Refuse an optimizer that cannot take groups with these ratios of learning rates to the template's.
 
     `late` are groups that join once training has begun; `drops` says that one may be emptied and filled again.
@@ -93,8 +87,7 @@ def _refuse_forwarding(optimizer: Any) -> None:
     inner = [
         name
         for name, value in vars(last).items()
-        # What has this one among its layers wraps it.
-        if getattr(value, "param_groups", None) is last.param_groups and last not in layers(value)
+        if getattr(value, "param_groups", None) is last.param_groups and last not in layers(value)  # no wrapper
     ]
     if inner or "param_groups" not in vars(last):
         raise ValueError(
@@ -103,7 +96,7 @@ def _refuse_forwarding(optimizer: Any) -> None:
         )
 
 
-def refuse_warmup(optimizer: Any, steps: int, template: int = 0) -> None:
+def refuse_warmup(optimizer: Any, steps: int, template: int) -> None:
     """Refuse a warm-up where a group has no rate of its own, or builds state from its first, false for good then."""
     builds = "which builds its state from the learning rate" if isinstance(optimizer, (Rprop, ASGD)) else None
     if steps and (why := builds or why_no_rate(optimizer, optimizer.param_groups[template])):
@@ -122,7 +115,10 @@ def refuse_members(optimizer: Optimizer, blocks: Sequence[Block], claimed: Itera
     for group in optimizer.param_groups:
         own, inside = group.get(BLOCK_KEY), [homes.get(id(parameter)) for parameter in group["params"]]
         if own in names and None in inside:
-            raise _taken(own, "the optimizer holds other parameters already")
+            raise ValueError(
+                f"`blocks` must have names of their own, got {own!r}, under which the optimizer holds other "
+                "parameters already; rename the block"
+            )
         strangers += [home[0] for home in inside if home and home[1] != own]
     if strangers:
         raise ValueError(
@@ -133,14 +129,10 @@ def refuse_members(optimizer: Optimizer, blocks: Sequence[Block], claimed: Itera
     taken = {block.name: set(block.parameters()) for block in claimed}
     for block in blocks:
         if block.name in taken and taken[block.name].isdisjoint(block.parameters()):
-            raise _taken(block.name, "another unfreezer of this optimizer holds other parameters")
-
-
-def _taken(name: str, by: str) -> ValueError:
-    return ValueError(
-        f"`blocks` must have names of their own, got {name!r}, under which {by}; rename it: "
-        f"Block({'second.' + name!r}, block.members)"
-    )
+            raise ValueError(
+                f"`blocks` must have names of their own, got {block.name!r}, under which another unfreezer of this "
+                f"optimizer holds other parameters; rename it: Block({'second.' + block.name!r}, block.members)"
+            )
 
 
 def refuse_loss(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
@@ -161,13 +153,11 @@ def refuse_loss(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> Non
             )
 
 
-def refuse_unfit(
-    optimizer: Any, template: Mapping[str, Any], samples: Iterable[Named], admitted: set[Hashable]
-) -> None:
+def refuse_unfit(optimizer: Any, template: Group, samples: Iterable[Named], admitted: set[Hashable]) -> None:
     """Refuse what optimizers check in their constructor alone, or in the middle of a step.
 
-    The samples are of each number of dimensions and type: the checks look at nothing else. `admitted` is what was found
-    to fit, to which this adds: all groups of a run ask for the same.
+    The samples are of each number of dimensions and type, all that is checked; `admitted`, to which this adds, are the
+    kinds that were found to fit.
     """
     hyperparameters = {key: value for key, value in template.items() if key not in {"params", "param_names"}}
     # Rates change from step to step, and no check depends on them once they are in use.

@@ -45,8 +45,7 @@ def subsets_of(index: int, block: Block, ratio: float, no_decay: bool | Override
     """
     if not isinstance(no_decay, bool) and not callable(no_decay):
         raise TypeError(
-            f"`no_decay` must be True, False or a function of name and parameter, got {no_decay!r}; True is for norms "
-            "and biases"
+            f"`no_decay` must be True, False or a function of name and parameter, got {no_decay!r}; pass True"
         )
     known = set(keys) - {"params", "param_names", "lr", "initial_lr"}
     kinds: list[tuple[dict[str, Any], list[Named]]] = [({}, [])]

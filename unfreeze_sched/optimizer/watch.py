@@ -208,9 +208,8 @@ class StepHooks:
 
 def _refuse_order(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
     """Refuse a saved state of other groups of blocks: it is loaded by place, of which no place would tell."""
-    saved, live = list(map(tag, state_dict["param_groups"])), list(map(tag, optimizer.param_groups))
-    differing = [pair for pair in zip_longest(saved, live) if pair[0] != pair[1]]
-    if names := dict.fromkeys(str(known[0]) for pair in differing for known in pair if known is not None):
+    pairs = zip_longest(map(tag, state_dict["param_groups"]), map(tag, optimizer.param_groups))
+    if names := dict.fromkeys(str(known[0]) for pair in pairs if pair[0] != pair[1] for known in pair if known):
         raise ValueError(
             f"`optimizer` must have the saved run's groups when its state is loaded, got {listed(list(names))} in "
             "another place or in none; load the unfreezer first, then the LR schedulers, then the optimizer"
@@ -278,21 +277,17 @@ class Accumulation(Watcher):
 
     def after_step(self) -> None:
         """Note the gradients that it has used."""
-        self._used = self._noted()
-        # All parameters are walked in the first step after a join, and where no witness has a gradient any more.
-        if not any(self._used) or len(self._optimizer.param_groups) != self._groups:
-            self._choose()
-            self._used = self._noted()
-
-    def _choose(self) -> None:
-        """Take as witnesses what has a gradient now, as far as anything has: small ones, from all over the groups."""
-        groups = self._optimizer.param_groups
+        self._used, groups = self._noted(), self._optimizer.param_groups
+        if any(self._used) and len(groups) == self._groups:
+            return
+        # All parameters are walked in the first step after a join, and where no witness has a gradient any more. Those
+        # with a gradient become witnesses, as far as any has one: small ones, from all over the groups.
         parameters = (p for group in groups for p in group["params"] if p.requires_grad and not p.is_meta)
         able = [p for p in parameters if not is_lazy(p) and p.numel()]
         able = [p for p in able if p.grad is not None] or able
-        share = max(1, -(-len(able) // 4))  # of each witness
+        share = max(1, -(-len(able) // 4))  # of each of four
         self._witnesses = [min(able[i : i + share], key=Tensor.numel) for i in range(0, len(able), share)]
-        self._groups = len(groups)
+        self._groups, self._used = len(groups), self._noted()
 
     def _noted(self) -> list[_Used | None]:
         gradients = [parameter.grad for parameter in self._witnesses]
@@ -361,10 +356,7 @@ class Warmup(Watcher):
 
     def _restore_rates(self) -> None:
         for group, rate in self._own:
-            if isinstance(group["lr"], Tensor):
-                group["lr"].copy_(rate)
-            else:
-                group["lr"] = rate
+            group["lr"] = group["lr"].copy_(rate) if isinstance(group["lr"], Tensor) else rate
         self._own.clear()
 
 
