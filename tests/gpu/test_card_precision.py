@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import lr_scheduler
 
 from unfreeze_sched import RatePreset, UnfreezeSchedule
-from unfreeze_sched.optimizer.warmup import WARMUP_KEY
+from unfreeze_sched.optimizer.watch import WARMUP_KEY
 
 SCHEDULE = UnfreezeSchedule(preset=RatePreset(unfreeze_start_epoch=1, unfreeze_rate=1), total_blocks=4, total_epochs=6)
 OPTIONS: list[dict[str, bool]] = [{"foreach": True}, {"fused": True}]

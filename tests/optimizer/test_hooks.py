@@ -14,7 +14,7 @@ from bits import differences
 from oracle import Net
 
 from unfreeze_sched import OptimizerRebuilder, ProgressiveUnfreezer, RatePreset, UnfreezeSchedule
-from unfreeze_sched.optimizer.warmup import WARMUP_KEY
+from unfreeze_sched.optimizer.watch import WARMUP_KEY
 
 
 def hooks_of(optimizer: torch.optim.Optimizer) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from oracle import Net, Run, differences, twins
 from torch.optim import lr_scheduler
 
 from unfreeze_sched import OptimizerRebuilder, RatePreset, UnfreezeSchedule
-from unfreeze_sched.optimizer.warmup import WARMUP_KEY
+from unfreeze_sched.optimizer.watch import WARMUP_KEY
 
 RATE = UnfreezeSchedule(preset=RatePreset(unfreeze_start_epoch=1, unfreeze_rate=2), total_blocks=3, total_epochs=8)
 

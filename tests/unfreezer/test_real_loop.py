@@ -26,7 +26,7 @@ from unfreeze_sched import (
     encoder_blocks,
 )
 from unfreeze_sched.model.freezing import set_requires_grad, unfreeze
-from unfreeze_sched.optimizer.warmup import WARMUP_KEY
+from unfreeze_sched.optimizer.watch import WARMUP_KEY
 
 # transformers renames its own switch, and PEFT still reads the old name.
 RENAMED = pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing.* is deprecated:FutureWarning")

@@ -1,11 +1,8 @@
-"""What is refused before anything changes, in words: engines, optimizers, parameters and LR schedulers.
-
-Each function looks for itself, and does nothing where all is well.
-"""
+"""What is refused before anything changes, in words: engines, optimizers, parameters and LR schedulers."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -14,9 +11,7 @@ from torch.optim import ASGD, LBFGS, Optimizer, Rprop
 from unfreeze_sched._checks import listed
 from unfreeze_sched.model.block import Block, Named
 from unfreeze_sched.optimizer import rates
-from unfreeze_sched.optimizer.groups import BLOCK_KEY, class_path, innermost, layers, why_no_rate, written
-
-# --- the engine and the optimizer
+from unfreeze_sched.optimizer.groups import BLOCK_KEY, Group, class_path, innermost, layers, why_no_rate, written
 
 
 def refuse_engine(optimizer: Any, blocks: Iterable[Block]) -> None:
@@ -27,39 +22,26 @@ def refuse_engine(optimizer: Any, blocks: Iterable[Block]) -> None:
                 f"`optimizer` must take further param groups, got DeepSpeed's {type(layer).__name__}, which lays all "
                 "parameters out when it is made; use DDP, or FSDP2's fully_shard"
             )
-    fix = "pass use_orig_params=True to FullyShardedDataParallel, or use fully_shard"
     for block in blocks:
         named = tuple(block.named_parameters())
-        if not named:
+        if parted := [name for name, parameter in named if hasattr(parameter, "ds_id")]:
             raise ValueError(
-                f"`blocks` must hold the model's own parameters, got {block.name!r}, whose modules hold none any more; "
-                f"if FSDP took them, {fix}"
+                f"`blocks` must hold parameters that can join later, got {parted[0]}, which DeepSpeed partitions; "
+                "use DDP, or FSDP2's fully_shard"
             )
-        for name, parameter in named:
-            if hasattr(parameter, "ds_id"):
-                raise ValueError(
-                    f"`blocks` must hold parameters that can join later, got {name}, which DeepSpeed partitions; "
-                    "use DDP, or FSDP2's fully_shard"
-                )
-            if getattr(parameter, "_is_flat_param", False):
-                raise ValueError(
-                    f"`blocks` must hold the model's own parameters, got {name}, which FSDP made of several; {fix}"
-                )
+        flat = [name for name, parameter in named if getattr(parameter, "_is_flat_param", False)]
+        if flat or not named:
+            got = f"{flat[0]}, which FSDP made of several" if flat else f"{block.name!r}, which has none any more"
+            raise ValueError(
+                f"`blocks` must hold the model's own parameters, got {got}; pass use_orig_params=True to "
+                "FullyShardedDataParallel, or use fully_shard"
+            )
 
 
-def refuse_optimizer(
-    optimizer: Any, template: int = 0, ratios: Sequence[float] = (), *, late: bool = True, drops: bool = False
-) -> None:
+def refuse_optimizer(optimizer: Any, template: int, ratios: Sequence[float], *, late: bool, drops: bool) -> None:
     """Refuse an optimizer that cannot take groups with these ratios of learning rates to the template's.
 
     `late` are groups that join once training has begun; `drops` says that one may be emptied and filled again.
-
-    Example:
-        >>> import torch
-        >>> refuse_optimizer(torch.optim.LBFGS([nn.Parameter(torch.ones(1))]))
-        Traceback (most recent call last):
-        ...
-        ValueError: `optimizer` must take further param groups, got LBFGS, which holds one; use another
     """
     groups = optimizer.param_groups
     if template >= len(groups) or BLOCK_KEY in (group := groups[template]):
@@ -105,8 +87,7 @@ def _refuse_forwarding(optimizer: Any) -> None:
     inner = [
         name
         for name, value in vars(last).items()
-        if getattr(value, "param_groups", None) is last.param_groups
-        and not any(layer is last for layer in layers(value))  # it wraps this one
+        if getattr(value, "param_groups", None) is last.param_groups and last not in layers(value)  # no wrapper
     ]
     if inner or "param_groups" not in vars(last):
         raise ValueError(
@@ -115,16 +96,11 @@ def _refuse_forwarding(optimizer: Any) -> None:
         )
 
 
-def refuse_warmup(optimizer: Any, steps: int, template: int = 0) -> None:
+def refuse_warmup(optimizer: Any, steps: int, template: int) -> None:
     """Refuse a warm-up where a group has no rate of its own, or builds state from its first, false for good then."""
-    why = why_no_rate(optimizer, optimizer.param_groups[template])
-    if isinstance(optimizer, (Rprop, ASGD)):
-        why = "which builds its state from the learning rate"
-    if steps and why:
+    builds = "which builds its state from the learning rate" if isinstance(optimizer, (Rprop, ASGD)) else None
+    if steps and (why := builds or why_no_rate(optimizer, optimizer.param_groups[template])):
         raise ValueError(f"`warmup_steps` must be 0 for {type(optimizer).__name__}, {why}, got {steps}; leave it out")
-
-
-# --- parameters
 
 
 def refuse_members(optimizer: Optimizer, blocks: Sequence[Block], claimed: Iterable[Block]) -> None:
@@ -177,13 +153,11 @@ def refuse_loss(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> Non
             )
 
 
-def refuse_unfit(
-    optimizer: Any, template: Mapping[str, Any], samples: Iterable[Named], admitted: set[Hashable]
-) -> None:
+def refuse_unfit(optimizer: Any, template: Group, samples: Iterable[Named], admitted: set[Hashable]) -> None:
     """Refuse what optimizers check in their constructor alone, or in the middle of a step.
 
-    The samples are of each number of dimensions and type: the checks look at nothing else. `admitted` is what was found
-    to fit, to which this adds: all groups of a run ask for the same.
+    The samples are of each number of dimensions and type, all that is checked; `admitted`, to which this adds, are the
+    kinds that were found to fit.
     """
     hyperparameters = {key: value for key, value in template.items() if key not in {"params", "param_names"}}
     # Rates change from step to step, and no check depends on them once they are in use.
@@ -198,9 +172,7 @@ def refuse_unfit(
             problem = ValueError("a use_muon group takes matrices")
         if template.get("fused") and not parameter.is_floating_point():
             problem = ValueError(f"a fused group takes floating point, not {parameter.dtype}")
-        stand_in = nn.Parameter(  # holds one number
-            parameter.detach().new_empty(()).expand(parameter.shape), requires_grad=parameter.requires_grad
-        )
+        stand_in = nn.Parameter(parameter.detach().new_empty(()).expand(parameter.shape))  # holds one number
         for layer in layers(optimizer):
             if type(layer).__module__.startswith("torch.optim"):
                 try:
@@ -215,14 +187,10 @@ def refuse_unfit(
         admitted.add(kind)
 
 
-# --- LR schedulers
-
-
 def refuse_schedulers(optimizer: Optimizer, schedulers: Sequence[Any] | None) -> None:
     """Refuse what no group can join: a scheduler of an unknown class or another optimizer, or one that was kept back.
 
-    So are lists with too many entries for the groups, or too few where nobody can tell the missing ones, as they are
-    after a group of the user's own was added or deleted behind the scheduler's back.
+    So are lists with too many entries for the groups, or too few where nobody can tell the missing ones.
     """
     if schedulers is None:
         return
@@ -252,7 +220,6 @@ def refuse_schedulers(optimizer: Optimizer, schedulers: Sequence[Any] | None) ->
             if len(values) > len(groups) or None in missing:
                 raise ValueError(
                     f"`lr_schedulers` must have an entry for each of the {len(groups)} groups, got {len(values)} in "
-                    f"{type(part).__name__}.{name}: one was added or deleted after the scheduler was made (give the "
-                    "list its entry, or make the scheduler when all groups are there), or at a resume the scheduler "
+                    f"{type(part).__name__}.{name}: one was added or deleted since (give the list its entry), or it "
                     "was loaded before the unfreezer; load unfreezer, scheduler, optimizer in this order"
                 )

@@ -29,8 +29,7 @@ from unfreeze_sched.model.block import Block, validate_blocks
 from unfreeze_sched.optimizer import admission, groups, rates
 from unfreeze_sched.optimizer.groups import BLOCK_KEY, SUBSET_KEY, Group
 from unfreeze_sched.optimizer.subsets import Overrides, Subset, subsets_of
-from unfreeze_sched.optimizer.warmup import Warmup
-from unfreeze_sched.optimizer.watch import Accumulation, Claim, FirstStep, Owners, Probe, StepHooks
+from unfreeze_sched.optimizer.watch import Accumulation, Claim, FirstStep, Owners, Probe, StepHooks, Warmup
 
 OnRefreeze = Literal["keep", "drop"]
 Membership = Literal["late", "declared"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from operator import attrgetter
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -11,7 +10,6 @@ from torch import nn
 from unfreeze_sched.model.block import Block, Named
 
 Overrides = Callable[[str, nn.Parameter], Mapping[str, Any]]
-_kind_of = attrgetter("ndim", "dtype")
 
 
 class Subset(NamedTuple):
@@ -24,7 +22,7 @@ class Subset(NamedTuple):
     named: tuple[Named, ...]
     names: tuple[str, ...]
     parameters: tuple[nn.Parameter, ...]
-    samples: tuple[Named, ...]  # the first of each number of dimensions and type, in a fixed order of the kinds
+    samples: tuple[Named, ...]  # the first of each number of dimensions and type
 
     def only(self, named: Iterable[Named]) -> Subset:
         """The same with some of its parameters; itself where they are all."""
@@ -35,26 +33,19 @@ class Subset(NamedTuple):
 def _subset(
     block: int, tag: tuple[str, int], ratio: float, overrides: dict[str, Any], named: Sequence[Named]
 ) -> Subset:
-    firsts = {_kind_of(parameter): (name, parameter) for name, parameter in reversed(named)}
-    samples = tuple(firsts[kind] for kind in sorted(firsts, key=str))
+    firsts = {(parameter.ndim, parameter.dtype): (name, parameter) for name, parameter in reversed(named)}
     names, parameters = tuple(name for name, _ in named), tuple(parameter for _, parameter in named)
-    return Subset(block, tag, ratio, overrides, tuple(named), names, parameters, samples)
+    return Subset(block, tag, ratio, overrides, tuple(named), names, parameters, tuple(firsts.values()))
 
 
 def subsets_of(index: int, block: Block, ratio: float, no_decay: bool | Overrides, keys: Iterable[str]) -> list[Subset]:
     """Divide a block by what its parameters' groups have otherwise than the template, whose keys are these.
 
     The subset without overrides comes first, the others in the order of their first parameters; none is empty.
-
-    Example:
-        >>> block = Block("layer", (nn.Linear(2, 2),))
-        >>> [(subset.overrides, subset.names) for subset in subsets_of(0, block, 1.0, True, ["lr", "weight_decay"])]
-        [({}, ('layer/weight',)), ({'weight_decay': 0.0}, ('layer/bias',))]
     """
     if not isinstance(no_decay, bool) and not callable(no_decay):
         raise TypeError(
-            f"`no_decay` must be True, False or a function of name and parameter, got {no_decay!r}; True is for norms "
-            "and biases"
+            f"`no_decay` must be True, False or a function of name and parameter, got {no_decay!r}; pass True"
         )
     known = set(keys) - {"params", "param_names", "lr", "initial_lr"}
     kinds: list[tuple[dict[str, Any], list[Named]]] = [({}, [])]

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice, zip_longest
 from operator import is_
-from typing import Any, ClassVar, Literal, TypeVar
-from weakref import WeakKeyDictionary, ref
+from typing import Any, Literal, TypeVar
+from weakref import ref
 
 import torch
 from torch import Tensor, distributed, nn
@@ -23,13 +23,14 @@ from unfreeze_sched.optimizer.groups import tag
 
 Probe = Literal["ranks", "local", "off"]
 
-_Used = tuple[TensorWeakRef, int]  # a gradient, which it does not keep, and torch's count of its changes
+# Under it a group keeps [steps taken, steps in all], saved and loaded with it; it stays when the warm-up is over, since
+# torch.distributed.checkpoint loads into the keys that a replayed group has.
+WARMUP_KEY = "unfreeze_warmup"
+
 _SHOWN = 10
-_WITNESSES = 4
 _Kind = TypeVar("_Kind", bound="Watcher")
-# Norms of equal gradients may differ in their last bits on ranks with unlike hardware; those of other batches differ
-# by far more.
-_RELATIVE_TOLERANCE = 1e-9
+_Place = tuple[dict[str, Any], str, Any]  # a table, a key, and what lies there
+_Used = tuple[TensorWeakRef, int]  # a gradient, which it does not keep, and torch's count of its changes
 
 
 class Owners:
@@ -37,13 +38,6 @@ class Owners:
 
     The optimizer would go on to train the old tensor, and the model would stand still. So it would where the model has
     something else in a member's place, which only blocks that know their model can tell.
-
-    Example:
-        >>> layer = nn.Linear(2, 2)
-        >>> owners = Owners([Block("first", layer)])
-        >>> layer.weight = nn.Parameter(layer.weight.detach().clone())
-        >>> owners.are_in_place(), owners.are_whole([0])
-        (False, False)
     """
 
     def __init__(self, blocks: Sequence[Block]) -> None:
@@ -54,23 +48,19 @@ class Owners:
             [(prefix, table, dict(table)) for prefix, m in block.module_prefixes() for table in _tables(m) if table]
             for block in blocks
         ]
-        self._firsts: list[tuple[dict[str, Any], str, Any]] = []
+        self._firsts: list[_Place] = []
         for held in self._held:
-            own = (
-                (table, *item) for _, table, was in held for item in was.items() if isinstance(item[1], nn.Parameter)
-            )
-            self._firsts += islice(own, 1)
-        self._ways = _ways(blocks)
+            places = ((table, key, part) for _, table, was in held for key, part in was.items())
+            self._firsts += islice((place for place in places if isinstance(place[2], nn.Parameter)), 1)
+        self._ways = tuple(_ways(blocks))
 
     def are_in_place(self) -> bool:
         """Whether each block still holds the first of its parameters: cheap, and what replaces one replaces all."""
         return all(table.get(key) is part for table, key, part in self._firsts)
 
     def are_whole(self, indices: Iterable[int]) -> bool:
-        """Whether the blocks of these 0-based indices hold all that they held, and the model all its blocks.
-
-        Tables are compared in one go each, without a loop in Python, since each transition asks it of all modules.
-        """
+        """Whether the blocks of these 0-based indices hold all that they held, and the model all its blocks."""
+        # Without a loop in Python within a table, since each transition asks it of all modules.
         return all(table.get(key) is part for table, key, part in self._ways) and all(
             len(table) == len(was) and all(map(is_, table.values(), was.values()))
             for index in indices
@@ -101,21 +91,19 @@ def _tables(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
     return module._modules, module._parameters  # noqa: SLF001  # no public name
 
 
-def _ways(blocks: Iterable[Block]) -> list[tuple[dict[str, Any], str, Any]]:
-    """What leads from the blocks' model to their members: a table, the key, and what lies there."""
-    ways: list[tuple[dict[str, Any], str, Any]] = []
+def _ways(blocks: Iterable[Block]) -> Iterator[_Place]:
+    """What leads from the blocks' model to their members."""
     for root in dict.fromkeys(block.root for block in blocks if block.root is not None):
         names: dict[Any, str] = {part: name for name, part in (*root.named_modules(), *root.named_parameters())}
         for member in chain.from_iterable(block.members for block in blocks if block.root is root):
             if member not in names:  # it is gone already
-                ways.append(({}, "", member))
+                yield {}, "", member
                 continue
             place: Any = root
             for key in filter(None, names[member].split(".")):
                 table = next(table for table in _tables(place) if key in table)
-                ways.append((table, key, table[key]))
                 place = table[key]
-    return ways
+                yield table, key, place
 
 
 def _is_or_wraps(part: Any, was: Any) -> bool:
@@ -136,10 +124,7 @@ def _refuse_replaced(names: Sequence[str]) -> None:
 
 
 class Watcher:
-    """Something that looks on as an optimizer steps, the innermost of its wrappers.
-
-    It lives as long as who made it, in copies and pickles too.
-    """
+    """Looks on as an optimizer steps, the innermost of its wrappers, as long as who made it lives, in copies too."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
@@ -152,7 +137,7 @@ class Watcher:
 
     @property
     def hooks(self) -> StepHooks:
-        """Those of the optimizer."""
+        """The optimizer's."""
         return StepHooks.on(self._optimizer)
 
     def stay(self) -> None:
@@ -173,11 +158,8 @@ class Watcher:
 class StepHooks:
     """The one pair of hooks on an optimizer, whoever looks on; it goes when the last watcher has gone.
 
-    Where that happens within a step it stays, idle, until another has come and gone: torch walks the hooks then.
+    Where that happens within a step, as torch walks the hooks, it stays, idle, until another has come and gone.
     """
-
-    # Weak on both sides: the optimizer's own tables keep the hooks, so that a busy watcher keeps no optimizer alive.
-    _of: ClassVar[WeakKeyDictionary[Optimizer, ref[StepHooks]]] = WeakKeyDictionary()
 
     def __init__(self) -> None:
         self.busy: set[Watcher] = set()  # kept alive, since they have begun something
@@ -188,13 +170,10 @@ class StepHooks:
 
     @classmethod
     def on(cls, optimizer: Optimizer) -> StepHooks:
-        """Those of an optimizer; new ones, where nobody looks on, last as long as somebody does."""
-        known = cls._of.get(optimizer)
-        hooks = known() if known else None
-        if hooks is None:
-            hooks = cls()
-            cls._of[optimizer] = ref(hooks)
-        return hooks
+        """Those in an optimizer's own table, the only one that keeps them; new ones, where nobody looks on."""
+        table = optimizer._optimizer_step_pre_hooks.values()  # noqa: SLF001  # no public name
+        owners = (getattr(hook, "__self__", None) for hook in table)
+        return next((owner for owner in owners if isinstance(owner, cls)), None) or cls()
 
     def add(self, watcher: Watcher, optimizer: Optimizer) -> None:
         """Let a watcher look on, which is not kept alive for it."""
@@ -215,10 +194,6 @@ class StepHooks:
         """The watchers of a kind."""
         return (watcher for known in tuple(self._watchers) if isinstance(watcher := known(), kind))
 
-    def first(self, kind: type[_Kind]) -> _Kind | None:
-        """The first of a kind, which does for all what must not be done twice."""
-        return next(self.of_kind(kind), None)
-
     def _before_step(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._in_step, self.has_closure = True, any(value is not None for value in (*args[1:2], kwargs.get("closure")))
         for watcher in self.of_kind(Watcher):
@@ -232,9 +207,8 @@ class StepHooks:
 
 def _refuse_order(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
     """Refuse a saved state of other groups of blocks: it is loaded by place, of which no place would tell."""
-    saved, live = list(map(tag, state_dict["param_groups"])), list(map(tag, optimizer.param_groups))
-    differing = [pair for pair in zip_longest(saved, live) if pair[0] != pair[1]]
-    if names := dict.fromkeys(str(known[0]) for pair in differing for known in pair if known is not None):
+    pairs = zip_longest(map(tag, state_dict["param_groups"]), map(tag, optimizer.param_groups))
+    if names := dict.fromkeys(str(known[0]) for pair in pairs if pair[0] != pair[1] for known in pair if known):
         raise ValueError(
             f"`optimizer` must have the saved run's groups when its state is loaded, got {listed(list(names))} in "
             "another place or in none; load the unfreezer first, then the LR schedulers, then the optimizer"
@@ -250,7 +224,7 @@ class Claim(Watcher):
 
 
 class Unapplied(Watcher):
-    """Warns, once, where an optimizer steps before the unfreezer was applied: let go of it when it is."""
+    """Warns, once, where an optimizer steps before the unfreezer was applied, which then lets it go."""
 
     has_warned = False
 
@@ -268,8 +242,8 @@ class Accumulation(Watcher):
     """Tells gradients of an accumulation that is not over from gradients that the last step has used.
 
     A transition in its middle would let the joining parameters see a part of the gradient alone. That a gradient is
-    there says nothing: many loops clear it before the backward pass, not after the step. But each backward pass changes
-    the gradients that it reaches, so a handful of parameters are witnesses, spread over all groups.
+    there says nothing: many loops clear it before the backward pass. But each backward pass changes the gradients that
+    it reaches, so a handful of parameters are witnesses, spread over all groups.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -285,7 +259,7 @@ class Accumulation(Watcher):
     @classmethod
     def on(cls, optimizer: Optimizer) -> Accumulation:
         """The one of an optimizer, for all that change it: a later one is to know of the steps before."""
-        return StepHooks.on(optimizer).first(cls) or cls(optimizer)
+        return next(StepHooks.on(optimizer).of_kind(cls), None) or cls(optimizer)
 
     def is_pending(self) -> bool:
         """Whether there are gradients that no step has used."""
@@ -302,22 +276,17 @@ class Accumulation(Watcher):
 
     def after_step(self) -> None:
         """Note the gradients that it has used."""
-        used = self._noted()
-        # All parameters are walked in the first step after a join, and where no witness has a gradient any more.
-        if not any(used) or len(self._optimizer.param_groups) != self._groups:
-            self._choose()
-            used = self._noted()
-        self._used = used
-
-    def _choose(self) -> None:
-        """Take as witnesses what has a gradient now, as far as anything has: small ones, from all over the groups."""
-        groups = self._optimizer.param_groups
+        self._used, groups = self._noted(), self._optimizer.param_groups
+        if any(self._used) and len(groups) == self._groups:
+            return
+        # All parameters are walked in the first step after a join, and where no witness has a gradient any more. Those
+        # with a gradient become witnesses, as far as any has one: small ones, from all over the groups.
         parameters = (p for group in groups for p in group["params"] if p.requires_grad and not p.is_meta)
         able = [p for p in parameters if not is_lazy(p) and p.numel()]
         able = [p for p in able if p.grad is not None] or able
-        share = max(1, -(-len(able) // _WITNESSES))
+        share = max(1, -(-len(able) // 4))  # of each of four
         self._witnesses = [min(able[i : i + share], key=Tensor.numel) for i in range(0, len(able), share)]
-        self._groups = len(groups)
+        self._groups, self._used = len(groups), self._noted()
 
     def _noted(self) -> list[_Used | None]:
         gradients = [parameter.grad for parameter in self._witnesses]
@@ -334,11 +303,66 @@ def _numbers(gradient: Tensor) -> Tensor:
     return values.float() if values.element_size() == 1 else values
 
 
+class Warmup(Watcher):
+    """Lets step i (0-based) of a group's first k run at `(i + 1) / k` of its learning rate.
+
+    A fresh Adam state otherwise begins with sign-like steps of full size. The rate is lowered when a step begins and is
+    the scheduler's own again, to the bit, when it ends.
+    """
+
+    def __init__(self, optimizer: Optimizer, steps: int) -> None:
+        super().__init__(optimizer)
+        self.steps = steps
+        self._own: list[tuple[dict[str, Any], Any]] = []
+
+    def begin(self, groups: Iterable[dict[str, Any]]) -> None:
+        """Start the warm-up of groups that have just joined; it goes on where the unfreezer is let go."""
+        for group in groups:
+            group[WARMUP_KEY] = [0, self.steps]
+            self.stay()
+
+    def before_step(self) -> None:
+        """Lower the rates of all groups that warm up, whichever rebuilder began it: two would lower them twice."""
+        if next(self.hooks.of_kind(Warmup)) is not self:
+            return
+        self._restore_rates()  # a step that failed has not done so
+        for group in self._optimizer.param_groups:
+            taken, total = group.get(WARMUP_KEY, (0, 0))
+            if taken >= total:
+                continue
+            # Without CUDA torch raises where it is asked.
+            may_ask = not torch.compiler.is_compiling() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+            if may_ask and torch.cuda.is_current_stream_capturing():
+                self._restore_rates()
+                raise RuntimeError(
+                    f"`warmup_steps` must be over before a step is captured in a CUDA graph, got {total - taken} left, "
+                    "at lowered rates that each replay would use; run them uncaptured, then capture"
+                )
+            rate = group["lr"]
+            self._own.append((group, rate.clone() if isinstance(rate, Tensor) else rate))
+            group["lr"] *= (taken + 1) / total  # a tensor in place
+        if not self._own:
+            self.hooks.busy -= {watcher for watcher in self.hooks.busy if isinstance(watcher, Warmup)}
+
+    def after_step(self) -> None:
+        """Give the rates back, and count the step."""
+        # A fused step is told by GradScaler to change nothing, where another one is not called at all.
+        if self._own and not getattr(self._optimizer, "found_inf", None):
+            for group, _ in self._own:
+                taken, total = group[WARMUP_KEY]
+                group[WARMUP_KEY] = [taken + 1, total]
+        self._restore_rates()
+
+    def _restore_rates(self) -> None:
+        for group, rate in self._own:
+            group["lr"] = group["lr"].copy_(rate) if isinstance(group["lr"], Tensor) else rate
+        self._own.clear()
+
+
 class FirstStep(Watcher):
     """Looks at the gradients of newly trainable parameters once, before the first step that could use them.
 
-    Did each get one, and the same on all ranks? No gradient is looked at between that step and the next transition.
-    `"ranks"` also compares the gradients across ranks where a process group is up, by one collective call on all;
+    Did each get one, and, with `"ranks"` where a process group is up, by one collective call, the same on all ranks?
     `"local"` looks at this process alone, as local SGD needs; `"off"` does not look.
     """
 
@@ -365,20 +389,18 @@ class FirstStep(Watcher):
     def _look(self) -> None:
         watched = {name: parameter for named in self._watched for name, parameter in named if parameter.requires_grad}
         compared = self._probe == "ranks" and parallel.process_group() is not None
-        if compared:
-            differing, seen = differing_gradients(watched)
-            if differing:
-                raise RuntimeError(
-                    "gradients of newly trainable parameters must be the same on all ranks, got others for "
-                    f"{listed(differing, _SHOWN)}: DistributedDataParallel does not reduce what was frozen when it was "
-                    "made; wrap anew after each transition, ddp = unfreeze_sched.parallel.rewrap_ddp(ddp), or wrap "
-                    "while everything is trainable, with find_unused_parameters=True (probe='local' is for local SGD)"
-                )
-            if not seen:
-                return  # no gradient but zero on any rank, which tells nothing; all ranks look again
         missing = [name for name, parameter in watched.items() if parameter.grad is None and parameter.numel()]
-        if not compared and len(missing) == len(watched) and not any(True for _ in self.gradients()):
-            return  # a step without a backward pass
+        differing, seen = differing_gradients(watched) if compared else ([], len(missing) < len(watched))
+        if differing:
+            raise RuntimeError(
+                "gradients of newly trainable parameters must be the same on all ranks, got others for "
+                f"{listed(differing, _SHOWN)}: DistributedDataParallel does not reduce what was frozen when it was "
+                "made; wrap anew after each transition, ddp = unfreeze_sched.parallel.rewrap_ddp(ddp), or wrap "
+                "while everything is trainable, with find_unused_parameters=True (probe='local' is for local SGD)"
+            )
+        # No gradient, or none but zero on any rank, tells nothing, as in a step without a backward pass: look again.
+        if not seen and (compared or not any(True for _ in self.gradients())):
+            return
         self._watched.clear()
         self.hooks.busy.discard(self)
         if missing:
@@ -393,24 +415,20 @@ class FirstStep(Watcher):
 def differing_gradients(named: Mapping[str, nn.Parameter]) -> tuple[list[str], bool]:
     """The names of gradients that differ across ranks, by their norms, and whether any is other than zero on any rank.
 
-    A collective call, of the same parameters in the same order on all ranks. Sharded ones are left out: each rank has
-    its own.
+    A collective call, of the same parameters in the same order on all ranks; sharded ones, a rank's own, are left out.
     """
     sharded = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())  # not loaded, not used
-    whole = {
-        name: parameter
-        for name, parameter in named.items()
-        if not (isinstance(parameter, sharded) or getattr(parameter, "_fsdp_flattened", False))
-    }
-    if not whole:
+    names = [n for n, p in named.items() if not (isinstance(p, sharded) or getattr(p, "_fsdp_flattened", False))]
+    if not names:
         return [], True
-    device = next(iter(whole.values())).device
-    norms = torch.stack([_norm(parameter.grad, device) for parameter in whole.values()])
+    device = named[names[0]].device
+    norms = torch.stack([_norm(named[name].grad, device) for name in names])
     extremes = torch.stack([norms, -norms])
     distributed.all_reduce(extremes, op=distributed.ReduceOp.MAX)
     highest, lowest = extremes.tolist()
-    extremes_of = zip(whole, highest, lowest, strict=True)
-    differing = [name for name, high, low in extremes_of if not math.isclose(high, -low, rel_tol=_RELATIVE_TOLERANCE)]
+    extremes_of = zip(names, highest, lowest, strict=True)
+    # Norms of equal gradients may differ in their last bits on unlike hardware; those of other batches, by far more.
+    differing = [name for name, high, low in extremes_of if not math.isclose(high, -low, rel_tol=1e-9)]
     return differing, any(highest)
 
 
