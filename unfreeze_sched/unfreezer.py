@@ -261,7 +261,7 @@ class ProgressiveUnfreezer:
             if self.norms in {"frozen", "fixed"} or (self.norms == "eval" and index < shallowest):
                 freezing.hold_in_eval(freezing.norms_of(block))
             else:
-                freezing.release(block.modules())
+                freezing.release(list(block.modules()))
             if self.norms == "fixed":
                 with_gradient += freezing.set_requires_grad(block.fixed, requires_grad=False, flipped=[])
         freezing.drop_gradients(with_gradient)

@@ -29,6 +29,7 @@ SUBSET_KEY = "unfreeze_subset"
 """The key that tells the further groups of one block apart: 1, 2, ...; the first has none."""
 
 Group = dict[str, Any]
+Tag = tuple[str, int] | None
 
 _WRAPPED = ("optimizer", "_optimizer", "base_optimizer", "_base_optimizer", "base")
 _NOT_COUNTERS = frozenset({"params", "param_names", "lr", "initial_lr"})
@@ -191,8 +192,6 @@ def snapshot(optimizer: Any) -> Callable[[], None]:
 
 
 # --- the order of groups
-
-Tag = tuple[str, int] | None
 
 
 def tag(group: Mapping[str, Any]) -> Tag:

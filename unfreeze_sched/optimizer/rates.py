@@ -270,8 +270,7 @@ def _along_cosine(scheduler: Any, index: int, ratio: float) -> RateMap:
 def foreseen(schedulers: Schedulers, template: Mapping[str, Any], index: int, ratio: float) -> tuple[Any, float] | None:
     """What `joining_rate` may refuse once training has begun: a scheduler, and its floor or least step.
 
-    Along timm's there is no map, nor along those of several schedulers at once or one that goes on from a floor; a
-    plateau's reductions may reach it.
+    There is no map along timm's, or past one beside or before others; a plateau's reductions may reach its own.
     """
     if ratio == 1 or template.get("lr") is None:
         return None

@@ -222,8 +222,9 @@ class OptimizerRebuilder:
                 self._warned = True
                 warn(
                     f"`learning_rate_scale` should hold, {ratio:g} of the template's rate, got {group[BLOCK_KEY]} at "
-                    f"{float(group['lr']):g} beside {float(template['lr']):g}: a loop or scheduler gives all groups "
-                    "one rate; multiply by group['lr_scale'], or give it one max_lr, base_lr or swa_lr for each group"
+                    f"{float(group['lr']):g} beside {float(template['lr']):g}: a loop or scheduler gives all groups one "
+                    "rate; multiply by group['lr_scale'], or give the scheduler a list with one max_lr, base_lr or "
+                    "swa_lr for each group"
                 )
                 return
 
