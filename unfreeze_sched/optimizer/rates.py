@@ -345,12 +345,12 @@ def entry_of_own(part: Any, name: str, group: Mapping[str, Any]) -> Any:
     return getattr(part, "default_min_lr", None) if name == "min_lrs" else None
 
 
-def _warmup_step(scheduler: Any) -> float:
+def _warmup_step(scheduler: Any) -> Any:
     """A timm scheduler's warm-up step of its last group, as its constructor would have computed it."""
     target = scheduler.base_values[-1]
     if _kind(scheduler.__class__).__name__ == "TanhLRScheduler" and not scheduler.warmup_prefix:
         target = scheduler._get_lr(scheduler.warmup_t)[-1]  # noqa: SLF001  # its own formula
-    return float((target - scheduler.warmup_lr_init) / scheduler.warmup_t)
+    return (target - scheduler.warmup_lr_init) / scheduler.warmup_t
 
 
 def has_lost(group: Mapping[str, Any], template: Mapping[str, Any], ratio: float, *, by_peaks: bool) -> bool:

@@ -89,8 +89,8 @@ class OptimizerRebuilder:
             parameter returns the keys to override. Such a group is like your own first one that has them, if there is.
         warmup_steps: Optimizer steps over which a joining group's learning rate rises linearly, step i (0-based) at
             `(i + 1) / warmup_steps` of its own; no LR scheduler sees it.
-        probe: Of the gradients at the first step after a join: `"ranks"` and `"local"` warn where none came, `"ranks"`
-            also raises where they differ across a process group, as under a DDP that does not cover them; `"off"`.
+        probe: At the first step after a join, `"local"` warns of what got no gradient; `"ranks"` also raises where
+            gradients differ across a process group, as under a DDP that does not cover them; `"off"` does neither.
 
     Raises:
         TypeError: An argument of the wrong type, or a scheduler of an unknown class.
@@ -222,8 +222,8 @@ class OptimizerRebuilder:
                 self._warned = True
                 warn(
                     f"`learning_rate_scale` should hold, {ratio:g} of the template's rate, got {group[BLOCK_KEY]} at "
-                    f"{float(group['lr']):g} beside {float(template['lr']):g}: a loop or scheduler gives all groups one "
-                    "rate; multiply by group['lr_scale'], or give the scheduler a list with one max_lr, base_lr or "
+                    f"{float(group['lr']):g} beside {float(template['lr']):g}: a loop or scheduler gives all groups "
+                    "one rate; multiply by group['lr_scale'], or give the scheduler a list with one max_lr, base_lr or "
                     "swa_lr for each group"
                 )
                 return
