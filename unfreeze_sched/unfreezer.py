@@ -16,20 +16,12 @@ from torch.optim import Optimizer
 from unfreeze_sched._checks import as_state, differences, listed, one_of, short, warn
 from unfreeze_sched.guards import Cap, checked_caps
 from unfreeze_sched.history import History, Transition
-from unfreeze_sched.model import Block
+from unfreeze_sched.model import Block, freezing
 from unfreeze_sched.model.block import parts_of, validate_blocks
-from unfreeze_sched.model.freezing import (
-    Norms,
-    drop_gradients,
-    hold_in_eval,
-    norms_of,
-    release,
-    set_requires_grad,
-    with_fixed_norms,
-)
-from unfreeze_sched.optimizer import GroupChange, OptimizerRebuilder, admission
-from unfreeze_sched.optimizer.groups import innermost, take_out, why_no_rate
-from unfreeze_sched.optimizer.rebuilder import UNCHANGED, Membership, OnRefreeze, Scale
+from unfreeze_sched.model.freezing import Norms
+from unfreeze_sched.optimizer import GroupChange, OptimizerRebuilder
+from unfreeze_sched.optimizer.groups import innermost, why_no_rate
+from unfreeze_sched.optimizer.rebuilder import UNCHANGED, Membership, OnRefreeze, Scale, taken_out
 from unfreeze_sched.optimizer.subsets import Overrides
 from unfreeze_sched.optimizer.watch import Probe, Unapplied
 from unfreeze_sched.schedule import MEDIUM, Preset, UnfreezeSchedule
@@ -74,9 +66,6 @@ class ProgressiveUnfreezer:
             batches; `"fixed"` also keeps the weights and biases of batch norms (and of what else has running
             statistics) out of training and optimizer; `"train"` leaves the modes alone.
         caps: Guards and triggers, such as `unfreeze_sched.guards.OverfitGuard`, which the schedule stays below.
-
-    Attributes:
-        history: What was unfrozen when, at what learning rates, and why.
 
     Raises:
         TypeError: An argument of the wrong type.
@@ -124,19 +113,11 @@ class ProgressiveUnfreezer:
                 f"`schedule` must be for the {len(blocks)} blocks given, got total_blocks={schedule.total_blocks}; "
                 "pass total_blocks=len(blocks)"
             )
-        self.rebuilder = OptimizerRebuilder(
-            optimizer,
-            with_fixed_norms(blocks) if norms == "fixed" else blocks,
-            lr_schedulers,
-            schedule.preset.learning_rate_scale if learning_rate_scale is None else learning_rate_scale,
-            layer_decay=layer_decay,
-            template=template,
-            on_refreeze=on_refreeze,
-            membership=membership,
-            no_decay=no_decay,
-            warmup_steps=warmup_steps,
-            probe=probe,
-        )
+        if norms == "fixed":
+            blocks = freezing.with_fixed_norms(blocks)
+        scale = schedule.preset.learning_rate_scale if learning_rate_scale is None else learning_rate_scale
+        more = (layer_decay, template, on_refreeze, membership, no_decay, warmup_steps, probe)
+        self.rebuilder = OptimizerRebuilder(optimizer, blocks, lr_schedulers, scale, *more)
         self.blocks = self.rebuilder.blocks
         if 1 in self.rebuilder.scales and why_no_rate(optimizer, optimizer.param_groups[template]) is None:
             warn(
@@ -172,7 +153,7 @@ class ProgressiveUnfreezer:
             model: The bare model, not wrapped.
             optimizer: The live optimizer, of all parameters or of the head's.
             total_epochs: Number of epochs of the run, at least 1.
-            lr_schedulers: All the LR schedulers of the optimizer; None says that there is none.
+            lr_schedulers: As for the constructor.
             preset: When blocks are unfrozen.
             head: What trains from the start, as for `encoder_blocks`.
             blocks: The blocks, shallow to deep; None takes `encoder_blocks(model, head=head)`.
@@ -197,38 +178,20 @@ class ProgressiveUnfreezer:
 
         if not isinstance(model, nn.Module):
             raise TypeError(f"`model` must be an nn.Module, got {type(model).__name__}; pass the bare model")
-        if not isinstance(preset, get_args(Preset)):
-            raise TypeError(
-                f"`preset` must be a preset, got {type(preset).__name__}; pass MEDIUM, or make a RatePreset"
-            )
         if blocks is not None and head is not None:
             raise ValueError("`head` must be left out where blocks are given, got both; what is in no block is head")
         blocks = encoder_blocks(model, head=head) if blocks is None else parts_of(unwrap(model), blocks)
         schedule = UnfreezeSchedule(preset=preset, total_blocks=len(blocks), total_epochs=total_epochs)
-        unfreezer = cls.taking_out(blocks, optimizer, schedule, lr_schedulers, **options)
+        with taken_out(optimizer, blocks):
+            unfreezer = cls(blocks, optimizer, schedule, lr_schedulers, **options)
         held = {id(parameter) for block in blocks for parameter in block.parameters()}
         held.update(id(parameter) for group in optimizer.param_groups for parameter in group["params"])
         if left := [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]:
             warn(
                 f"`optimizer` should hold what trains outside of the blocks, got {listed(left, most=3)} in neither: a "
-                "clip of the model's gradients counts theirs, and no step uses them; freeze them, or give them to the "
-                "optimizer"
+                "clip of gradients counts theirs, and no step uses them; freeze them, or give them to the optimizer"
             )
         return unfreezer
-
-    @classmethod
-    def taking_out(cls, blocks: Sequence[Block], optimizer: Optimizer, *more: Any, **options: Unpack[Options]) -> Self:
-        """As the constructor, of an optimizer that may hold the blocks' parameters: they are taken out first."""
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"`optimizer` must be a torch optimizer, got {type(optimizer).__name__}; pass the live one")
-        parameters = [parameter for block in blocks for parameter in block.parameters()]
-        admission.refuse_loss(optimizer, parameters)
-        put_back = take_out(optimizer, parameters)
-        try:
-            return cls(blocks, optimizer, *more, **options)
-        except BaseException:
-            put_back()
-            raise
 
     def apply(self, epoch: int) -> GroupChange:
         """Bring model, optimizer and LR schedulers to the state of an epoch; call it before the epoch is trained.
@@ -268,9 +231,8 @@ class ProgressiveUnfreezer:
     def _is_as_left(self) -> bool:
         """Whether the groups are those that the last call left, none added or loaded, and so are the parameters."""
         groups = self.rebuilder.optimizer.param_groups
-        if groups is not self._seen_groups or len(groups) != self._seen_length:
-            return False
-        return self.rebuilder.owners.are_in_place()
+        is_same = groups is self._seen_groups and len(groups) == self._seen_length
+        return is_same and self.rebuilder.owners.are_in_place()
 
     def _bring_to(self, number: int, reached: int) -> GroupChange:
         """Unfreeze the deepest `number` blocks and freeze the others; the deepest `reached` blocks get a group."""
@@ -287,21 +249,22 @@ class ProgressiveUnfreezer:
             for index, own in flipped.items():
                 for subset in self.rebuilder.subsets[index]:
                     trains = index >= shallowest
-                    with_gradient += set_requires_grad(subset.parameters, requires_grad=trains, flipped=own)
+                    with_gradient += freezing.set_requires_grad(subset.parameters, requires_grad=trains, flipped=own)
             change = self.rebuilder.sync_blocks(visited, reached, [index for index in visited if flipped[index]])
         except BaseException:
             for index, own in flipped.items():
                 for parameter in own:
                     parameter.requires_grad = index < shallowest
             raise
-        drop_gradients(with_gradient)
         for index in visited:
+            block = self.blocks[index]
             if self.norms in {"frozen", "fixed"} or (self.norms == "eval" and index < shallowest):
-                hold_in_eval(norms_of(self.blocks[index]))
+                freezing.hold_in_eval(freezing.norms_of(block))
             else:
-                release(self.blocks[index].modules())
+                freezing.release(list(block.modules()))
             if self.norms == "fixed":
-                drop_gradients(set_requires_grad(self.blocks[index].fixed, requires_grad=False, flipped=[]))
+                with_gradient += freezing.set_requires_grad(block.fixed, requires_grad=False, flipped=[])
+        freezing.drop_gradients(with_gradient)
         groups = self.rebuilder.optimizer.param_groups
         self._applied, self._seen_groups, self._seen_length = (number, reached), groups, len(groups)
         self._has_changed, self._unapplied = True, None
@@ -328,10 +291,7 @@ class ProgressiveUnfreezer:
         log.info("epoch %d: %d of %d blocks are trainable (%s)", epoch, number, len(self.blocks), reason)
 
     def state_dict(self) -> dict[str, Any]:
-        """What is needed to replay the groups in a new process: small, of JSON's types alone.
-
-        A guard that restores weights adds those, and only then it is neither.
-        """
+        """What replays the groups in a new process: small, of JSON's types alone but for weights that a guard keeps."""
         return {
             "schedule": self.schedule.model_dump(mode="json"),
             "blocks": self._layout(),

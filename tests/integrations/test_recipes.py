@@ -95,7 +95,11 @@ def test_parameters_are_taken_out_in_place() -> None:
             ValueError,
             "`total_epochs` must be an integer of at least 1, got 0; it is the number of epochs of the run, such as 50",
         ),
-        ({"preset": "medium"}, TypeError, "`preset` must be a preset, got str; pass MEDIUM, or make a RatePreset"),
+        (
+            {"preset": "medium"},
+            ValueError,
+            "`preset` must be a preset or its dict, got 'medium'; pass MEDIUM or a RatePreset",
+        ),
         ({"layer_dekay": 0.8}, TypeError, "unexpected keyword argument 'layer_dekay'"),
         (
             {"norms": "odd"},

@@ -15,6 +15,7 @@ from unfreeze_sched._checks import one_of
 from unfreeze_sched.model import Block, encoder_blocks
 from unfreeze_sched.model.block import validate_blocks
 from unfreeze_sched.model.tracing import unwrap
+from unfreeze_sched.optimizer.rebuilder import taken_out
 from unfreeze_sched.schedule import Preset, UnfreezeSchedule
 from unfreeze_sched.unfreezer import Options, ProgressiveUnfreezer
 
@@ -88,10 +89,8 @@ class Unfreezing:
                     "UnfreezeSchedule(preset=..., total_blocks=..., total_epochs=...)"
                 )
             schedule = UnfreezeSchedule(preset=schedule, total_blocks=len(blocks), total_epochs=int(number))
-        with self._own_fixes():
-            self.unfreezer = ProgressiveUnfreezer.taking_out(
-                blocks, optimizer, schedule, lr_schedulers, **self._options
-            )
+        with self._own_fixes(), taken_out(optimizer, blocks):
+            self.unfreezer = ProgressiveUnfreezer(blocks, optimizer, schedule, lr_schedulers, **self._options)
 
     def _blocks_of(self, model: nn.Module) -> Sequence[Block]:
         if self._blocks is not None:

@@ -29,10 +29,10 @@ SUBSET_KEY = "unfreeze_subset"
 """The key that tells the further groups of one block apart: 1, 2, ...; the first has none."""
 
 Group = dict[str, Any]
+Tag = tuple[str, int] | None
 
 _WRAPPED = ("optimizer", "_optimizer", "base_optimizer", "_base_optimizer", "base")
 _NOT_COUNTERS = frozenset({"params", "param_names", "lr", "initial_lr"})
-# Where the source cannot be read, as in a compiled class.
 _USUAL_COUNTERS = frozenset({"step", "k", "counter", "weight_sum", "lr_max"})
 # `train` and `eval` write a mode, which a joining group shares; the others restore what was saved.
 _NOT_STEPPING = frozenset({"__init__", "__setstate__", "load_state_dict", "state_dict", "train", "eval"})
@@ -43,23 +43,16 @@ _SHARED = "d"
 # --- what is known of an optimizer
 
 
-def layers(optimizer: Any) -> Iterator[Any]:
-    """An optimizer and those that it wraps (Lookahead, SAM, accelerate's, ...), outermost first.
-
-    Example:
-        >>> [type(layer).__name__ for layer in layers(torch.optim.SGD([nn.Parameter(torch.ones(1))]))]
-        ['SGD']
-    """
-    yield optimizer
-    own = vars(optimizer)
-    for name in filter(own.__contains__, _WRAPPED):
-        if isinstance(getattr(own[name], "param_groups", None), list):
-            yield from layers(own[name])
+def layers(optimizer: Any) -> list[Any]:
+    """An optimizer and those that it wraps (Lookahead, SAM, accelerate's, ...), outermost first."""
+    held = map(vars(optimizer).get, _WRAPPED)
+    inner = (each for each in held if isinstance(getattr(each, "param_groups", None), list))
+    return [optimizer, *chain.from_iterable(map(layers, inner))]
 
 
 def innermost(optimizer: Any) -> Any:
     """The optimizer that takes the steps, past all wrappers."""
-    return list(layers(optimizer))[-1]
+    return layers(optimizer)[-1]
 
 
 @cache
@@ -73,13 +66,7 @@ def written(cls: Hashable) -> frozenset[str]:
     """The string keys under which the methods of an optimizer's class store something in a group.
 
     They are read from its source code: no attribute tells counters, and a table of classes would soon be out of date.
-
-    Warns:
-        UserWarning: Once a class, where its source cannot be read: the usual counters are taken for its own then.
-
-    Example:
-        >>> written(torch.optim.AdamW)  # it counts steps for each parameter
-        frozenset()
+    Where it cannot be read, the usual counters are taken for its own, with a warning.
     """
     keys: set[str] = set()
     for base in inspect.getmro(cast("type", cls)):
@@ -91,7 +78,7 @@ def written(cls: Hashable) -> frozenset[str]:
             if name in _NOT_STEPPING or not inspect.isroutine(method):
                 continue
             try:
-                tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
+                keys.update(_stores(ast.parse(textwrap.dedent(inspect.getsource(method)))))
             except (OSError, TypeError, SyntaxError):
                 warn(
                     f"`optimizer` should be of a class whose source can be read, got {base.__qualname__}: which keys "
@@ -99,7 +86,6 @@ def written(cls: Hashable) -> frozenset[str]:
                     "joining group; define the class in a file"
                 )
                 return frozenset(keys) | _USUAL_COUNTERS
-            keys.update(_stores(tree))
     return frozenset(keys)
 
 
@@ -107,9 +93,8 @@ def _stores(method: ast.AST) -> Iterator[str]:
     """The keys of `group["key"] = ...`, under whatever name with `group` in it; `state[...]` is no group."""
     for node in ast.walk(method):
         match node:
-            case ast.Subscript(value=ast.Name(id=name), slice=ast.Constant(value=str(key)), ctx=ast.Store()):
-                if "group" in name:
-                    yield key
+            case ast.Subscript(ast.Name(name), ast.Constant(str(key)), ast.Store()) if "group" in name:
+                yield key
 
 
 def counters(optimizer: Any) -> frozenset[str]:
@@ -132,14 +117,7 @@ def why_no_rate(optimizer: Any, group: Group) -> str | None:
 
 
 def group_like(optimizer: Any, template: Group) -> Group:
-    """The keys of a group that joins beside a template, all but the parameters and their names.
-
-    Example:
-        >>> optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=torch.tensor(0.1), momentum=0.9)
-        >>> group = group_like(optimizer, optimizer.param_groups[0])
-        >>> group["momentum"], group["lr"] is optimizer.param_groups[0]["lr"]
-        (0.9, False)
-    """
+    """The keys of a group that joins beside a template, all but the parameters and their names."""
     group = {key: copy.deepcopy(value) for key, value in template.items() if key not in {"params", "param_names"}}
     _restart(optimizer, group, template)
     return group
@@ -158,10 +136,7 @@ def _restart(optimizer: Any, group: Group, template: Group) -> None:
 
 
 def add(optimizer: Any, group: Group, template: int, ratio: float) -> None:
-    """Let a group join, with its entries in the optimizer's own lists; the dict becomes the live one.
-
-    Of a wrapper the optimizer is the wrapper, which may keep something for each parameter.
-    """
+    """Let a group join, with its entries in the optimizer's own lists; the dict becomes the live one."""
     optimizer.add_param_group(group)
     for values in _rate_lists(optimizer):
         values.append(values[template] * ratio)
@@ -216,19 +191,7 @@ def snapshot(optimizer: Any) -> Callable[[], None]:
     return restore
 
 
-def take_out(optimizer: Any, parameters: Iterable[nn.Parameter]) -> Callable[[], None]:
-    """Take parameters out of the user's own groups, in place, with their state; what is returned puts them back."""
-    restore, out = snapshot(optimizer), set(map(id, parameters))
-    for group in optimizer.param_groups:
-        leaving = [] if BLOCK_KEY in group else [parameter for parameter in group["params"] if id(parameter) in out]
-        if leaving:
-            leave(optimizer, group, leaving)
-    return restore
-
-
 # --- the order of groups
-
-Tag = tuple[str, int] | None
 
 
 def tag(group: Mapping[str, Any]) -> Tag:
@@ -237,10 +200,9 @@ def tag(group: Mapping[str, Any]) -> Tag:
 
 
 def reorder(optimizer: Any, saved: Iterable[Tag]) -> list[int]:
-    """Bring the groups, and what lists keep for them, into the order of a saved run's tags, in place.
+    """Bring the groups into the order of a saved run's tags, in place, and give the 0-based places that they had.
 
-    Groups that they do not know go last, and those that are not here yet, as another unfreezer's, come to their places
-    when that is loaded. What is returned are the 0-based places that the groups had before, in their new order.
+    Those that it does not know go last; another unfreezer's, that are not here yet, find their places as it is loaded.
     """
     places: dict[Tag, list[int]] = {}
     for place, group in enumerate(optimizer.param_groups):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from functools import cache, partial
 from itertools import chain
@@ -19,8 +19,7 @@ from operator import mul
 from typing import Any, NamedTuple
 
 from torch import Tensor
-from torch.optim.lr_scheduler import ChainedScheduler, MultiplicativeLR, ReduceLROnPlateau, SequentialLR
-from torch.optim.swa_utils import SWALR
+from torch.optim.lr_scheduler import ChainedScheduler, ReduceLROnPlateau, SequentialLR
 
 from unfreeze_sched._checks import short
 from unfreeze_sched.optimizer.groups import class_path
@@ -115,16 +114,7 @@ def row_of(cls: Any) -> _Row:
 
 @cache
 def _kind(cls: Any) -> Any:
-    """The known class that a class is: itself, or a parent whose methods it leaves alone, saving aside.
-
-    Example:
-        >>> import torch
-        >>> class Own(torch.optim.lr_scheduler.LambdaLR):
-        ...     def __init__(self, optimizer):
-        ...         super().__init__(optimizer, lambda epoch: 0.9**epoch)
-        >>> _kind(Own).__name__
-        'LambdaLR'
-    """
+    """The known class that a class is: itself, or a parent whose methods it leaves alone, saving aside."""
     for base in cls.__mro__:
         if class_path(base) in _ROWS or base in _COMPOSITES:
             return base
@@ -176,13 +166,10 @@ def _lasting(scheduler: Any) -> list[Any]:
     return parts
 
 
-def _had_a_say(scheduler: Any) -> Iterator[Any]:
+def _had_a_say(scheduler: Any) -> list[Any]:
     """The leaves on which the present rate depends."""
     parts = _lasting(scheduler)
-    if not parts:
-        yield scheduler
-    for part in parts:
-        yield from _had_a_say(part)
+    return list(chain.from_iterable(map(_had_a_say, parts))) if parts else [scheduler]
 
 
 def _floor(leaf: Any) -> float:
@@ -217,11 +204,10 @@ def _stands_at_first(leaf: Any, template: dict[str, Any], index: int, ratio: flo
 
 
 def joining_rate(schedulers: Schedulers, template: dict[str, Any], index: int, ratio: float) -> RateMap:
-    """The map from the template's present learning rate to the joining group's.
+    """The map from the learning rate of the template, the optimizer's group `index` (0-based), to the joining group's.
 
     Where no floor took part, the rates are homogeneous and the map is the ratio; else it has to follow the formula of
-    one scheduler. A ValueError says that a floor took part in a way that depends on the past, or that another hand is
-    at the template's rate. `index` is the template's 0-based place among the optimizer's groups.
+    one scheduler, or is refused where that depends on the past.
     """
     reports: list[Any] = [getattr(scheduler, "_last_lr", None) for scheduler in unwrapped(schedulers)]  # timm's: none
     if reports and None not in reports and template.get("lr") is not None:
@@ -230,10 +216,9 @@ def joining_rate(schedulers: Schedulers, template: dict[str, Any], index: int, r
             raise ValueError(
                 f"`lr_schedulers` must be what sets the learning rate, got a template at {found:g} where "
                 f"{'they' if len(reported) > 1 else 'it'} last set {', '.join(f'{rate:g}' for rate in reported)}: "
-                "another scheduler took over, a wrapper dampens the rate, it was set by hand, or at a resume the "
-                "scheduler was loaded before the unfreezer (load unfreezer, scheduler, optimizer in this order); "
-                "assign the schedulers in use to `unfreezer.rebuilder.lr_schedulers`, or None where the loop sets each "
-                "group's rate"
+                "another scheduler took over, a wrapper dampens the rate, a hand set it, or a resume loaded the "
+                "scheduler before the unfreezer (load unfreezer, scheduler, optimizer in this order); assign those in "
+                "use to `unfreezer.rebuilder.lr_schedulers`, or None where the loop sets the rates"
             )
     if ratio == 1:
         return deepcopy
@@ -256,19 +241,16 @@ def joining_rate(schedulers: Schedulers, template: dict[str, Any], index: int, r
     )
 
 
-def _along(scheduler: Any, index: int, ratio: float, *, is_nested: bool = False) -> RateMap | None:
+def _along(scheduler: Any, index: int, ratio: float) -> RateMap | None:
     """The map between the two groups' rates along a scheduler's own formula, None where that depends on the past."""
     if ratio == 1:
         return deepcopy
     parts = _lasting(scheduler)
     if len(parts) == 1:
-        return _along(parts[0], index, ratio, is_nested=not isinstance(scheduler, _AtOnce))
+        return _along(parts[0], index, ratio)
     if not any(map(_floor, _had_a_say(scheduler))):
         return partial(mul, ratio)
-    if parts:  # a nested sequence is stepped once more when the outer one is made, of which its parts do not tell
-        goes_on = _kind(scheduler.__class__) is SequentialLR and not is_nested
-        return _past_floor(parts, index, ratio) if goes_on else None
-    return None if row_of(scheduler.__class__) is _TIMM else _along_cosine(scheduler, index, ratio)
+    return None if parts or row_of(scheduler.__class__) is _TIMM else _along_cosine(scheduler, index, ratio)
 
 
 def _along_cosine(scheduler: Any, index: int, ratio: float) -> RateMap:
@@ -285,39 +267,25 @@ def _along_cosine(scheduler: Any, index: int, ratio: float) -> RateMap:
     return lambda rate: floor + (rate - floor) * quotient
 
 
-def _past_floor(parts: Sequence[Any], index: int, ratio: float) -> RateMap | None:
-    """The map where a sequence's last part goes on from the rate that the part before it, with a floor, left."""
-    before, present = parts[-2:]
-    along = _along(before, index, ratio) if len(parts) == 2 or row_of(before.__class__).restarts else None  # noqa: PLR2004
-    if along is None:
-        return None
-    left: Any = before.get_last_lr()[index]
-    left_to_us: Any = along(left)
-    if _kind(present.__class__) is SWALR and (swa := present.optimizer.param_groups[index]["swa_lr"]) != left:
-        # It mixes the rate that it found with its own, by a share that can be read off.
-        return lambda rate: (swa * ratio - left_to_us) * ((rate - left) / (swa - left)) + left_to_us
-    if _kind(present.__class__) is MultiplicativeLR and left != 0:
-        return partial(mul, left_to_us / left)
-    return None
-
-
 def foreseen(schedulers: Schedulers, template: Mapping[str, Any], index: int, ratio: float) -> tuple[Any, float] | None:
     """What `joining_rate` may refuse once training has begun: a scheduler, and its floor or least step.
 
-    That is a plateau's, which reductions may reach, and a floor of timm's or of one of several schedulers at work at
-    once, along which there is no map.
+    There is no map along timm's, or past one beside or before others; a plateau's reductions may reach its own.
     """
     if ratio == 1 or template.get("lr") is None:
         return None
     parts = list(_with_inner(_AtOnce(schedulers)))
     chains = [part for part in parts if _kind(part.__class__) is ChainedScheduler and len(_lasting(part)) > 1]
-    at_once = leaves(chains)
+    entangled = leaves(chains)
+    for inner in (part._schedulers for part in parts if _kind(part.__class__) is SequentialLR):  # noqa: SLF001  # likewise
+        going_on = [place for place, part in enumerate(inner) if not row_of(part.__class__).restarts]
+        entangled += leaves(inner[: max(going_on, default=0)])
     for part in parts:
         if _kind(part.__class__) is ReduceLROnPlateau:
             reduced = float(template["lr"]) * part.factor * ratio
             if part.min_lrs[index] > 0 or not _is_above(part, index, reduced):
                 return part, part.min_lrs[index] or part.eps
-        elif _floor(part) and (part in at_once or row_of(part.__class__) is _TIMM):
+        elif _floor(part) and (part in entangled or row_of(part.__class__) is _TIMM):
             return part, _floor(part)
     return None
 
@@ -353,16 +321,10 @@ def join(schedulers: Schedulers, groups: Sequence[Mapping[str, Any]], index: int
         setattr(part, name, longer[id(values)])
 
 
-def leave(schedulers: Schedulers, groups: int) -> None:
-    """Take back what `join` gave for groups from the 0-based place `groups` on."""
-    for _, _, values in rows(schedulers):
-        del values[groups:]
-
-
-def reorder(schedulers: Schedulers, order: Sequence[int]) -> None:
-    """Bring the rows into another order, given the 0-based places that they have now."""
+def select(schedulers: Schedulers, places: Sequence[int]) -> None:
+    """Keep the rows of these 0-based places, in this order; of a row that is short, those that there are."""
     for part, name, values in rows(schedulers):
-        setattr(part, name, [values[place] for place in order])
+        setattr(part, name, [values[place] for place in places if place < len(values)])
 
 
 def rows(schedulers: Schedulers) -> list[tuple[Any, str, list[Any]]]:
@@ -383,25 +345,16 @@ def entry_of_own(part: Any, name: str, group: Mapping[str, Any]) -> Any:
     return getattr(part, "default_min_lr", None) if name == "min_lrs" else None
 
 
-def scaled_keys(schedulers: Schedulers) -> Iterable[str]:
-    """The keys of a group that hold rates of the schedulers' rows, to be multiplied by the ratio."""
-    return {key for leaf in leaves(schedulers) for key in row_of(leaf.__class__).scaled_keys}
-
-
-def _warmup_step(scheduler: Any) -> float:
+def _warmup_step(scheduler: Any) -> Any:
     """A timm scheduler's warm-up step of its last group, as its constructor would have computed it."""
     target = scheduler.base_values[-1]
     if _kind(scheduler.__class__).__name__ == "TanhLRScheduler" and not scheduler.warmup_prefix:
         target = scheduler._get_lr(scheduler.warmup_t)[-1]  # noqa: SLF001  # its own formula
-    step: float = (target - scheduler.warmup_lr_init) / scheduler.warmup_t
-    return step
+    return (target - scheduler.warmup_lr_init) / scheduler.warmup_t
 
 
 def has_lost(group: Mapping[str, Any], template: Mapping[str, Any], ratio: float, *, by_peaks: bool) -> bool:
-    """Whether a block's learning rate is no longer its share of the template's.
-
-    Peaks tell it where a scheduler is at work, which may have floors, so that rates do not.
-    """
+    """Whether a block's rate is no longer its share; under schedulers, which may have floors, its peaks tell."""
     if ratio == 1 or group.get("lr") is None or template.get("lr") is None:
         return False
     if by_peaks:

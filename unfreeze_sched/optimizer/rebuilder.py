@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Literal, NamedTuple, get_args
@@ -70,8 +70,8 @@ class OptimizerRebuilder:
 
         lr = template lr * learning_rate_scale * layer_decay ** (len(blocks) - 1 - i)
 
-    and each LR scheduler the group's row. The run is then the one in which the parameters had been in the optimizer
-    from the start, frozen. All that can be refused is refused before anything is changed.
+    and each LR scheduler the group's row, as if the parameters had been in the optimizer from the start, frozen. All
+    that can be refused is refused before anything is changed.
 
     Args:
         optimizer: The live optimizer; it holds the head's parameters, and none of the blocks'.
@@ -80,22 +80,19 @@ class OptimizerRebuilder:
         learning_rate_scale: In (0, 1], or one for each block, by its name.
         layer_decay: In (0, 1]; 1 gives all blocks the same rate.
         template: 0-based index of the group that joining groups clone.
-        on_refreeze: `"keep"` leaves a parameter that is frozen again in the optimizer with its state, where no step
-            moves it; `"drop"` takes it out and frees the state.
+        on_refreeze: `"keep"` leaves what is frozen again in the optimizer, where no step moves it; `"drop"` takes it
+            out, with its state.
         membership: `"late"` adds a block's group when the block joins; `"declared"` adds all now, to be filled later.
-        no_decay: True puts a block's norm and bias parameters into a second group with `weight_decay=0`; a function of
-            name and parameter returns the keys to override, and parameters with equal ones share a group. Such a group
-            is like your own first one that has these values already, else like the template.
+        no_decay: True puts a block's norms and biases into a second group with `weight_decay=0`; a function of name and
+            parameter returns the keys to override. Such a group is like your own first one that has them, if there is.
         warmup_steps: Optimizer steps over which a joining group's learning rate rises linearly, step i (0-based) at
             `(i + 1) / warmup_steps` of its own; no LR scheduler sees it.
-        probe: Of the gradients at the first step after parameters joined: `"ranks"` and `"local"` warn where none came,
-            `"ranks"` also raises where they differ across the ranks of a process group, as under a DDP that does not
-            cover them; `"off"` does neither.
+        probe: At the first step after a join, `"local"` warns of what got no gradient; `"ranks"` also raises where
+            gradients differ across a process group, as under a DDP that does not cover them; `"off"` does neither.
 
     Raises:
         TypeError: An argument of the wrong type, or a scheduler of an unknown class.
-        ValueError: An argument out of range, a block's parameter that is in the optimizer already, an optimizer that
-            takes no further group, or an LR scheduler that was not passed.
+        ValueError: An argument out of range, or an optimizer, block or LR scheduler that does not let blocks join.
 
     Example:
         >>> import torch
@@ -145,9 +142,7 @@ class OptimizerRebuilder:
         admission.refuse_optimizer(optimizer, template, ratios, late=late, drops=on_refreeze == "drop")
         self._template = optimizer.param_groups[template]["params"]  # the list, which stays when groups are loaded
         keys = optimizer.param_groups[template].keys()
-        self.subsets = [
-            subsets_of(index, block, ratios[index], no_decay, keys) for index, block in enumerate(self.blocks)
-        ]
+        self.subsets = [subsets_of(i, block, ratios[i], no_decay, keys) for i, block in enumerate(self.blocks)]
         stepping = groups.innermost(optimizer)
         claims = StepHooks.on(stepping).of_kind(Claim)
         admission.refuse_members(optimizer, self.blocks, [block for claim in claims for block in claim.blocks])
@@ -177,9 +172,8 @@ class OptimizerRebuilder:
             What joined, deepest block first, and what left.
 
         Raises:
-            ValueError: The change would go wrong; optimizer, schedulers and model are as they were.
-            RuntimeError: The model no longer holds a part of a block, the optimizer not the template's group, or an
-                accumulation is not over; likewise.
+            ValueError: The change would go wrong; here and below nothing has changed then.
+            RuntimeError: A part of a block or the template's group has gone, or an accumulation is not over.
         """
         return self.sync_blocks(range(len(self.blocks))[::-1])
 
@@ -198,8 +192,8 @@ class OptimizerRebuilder:
         if self.accumulation.is_pending():
             raise RuntimeError(
                 "`optimizer` must have used its gradients before blocks join, got an accumulation that is not over; "
-                "call optimizer.step() and optimizer.zero_grad() first, or zero_grad() alone to give it up, as for a "
-                "GAN's discriminator, in which the generator's loss leaves gradients"
+                "call optimizer.step() and zero_grad() first, or zero_grad() alone, as for a GAN's discriminator, in "
+                "which the generator's loss leaves gradients"
             )
         if any(empty is None for _, empty in joining):
             admission.refuse_schedulers(self.optimizer, self.lr_schedulers)
@@ -212,16 +206,12 @@ class OptimizerRebuilder:
                 groups.leave(self.optimizer, group, left.parameters)
         for subset in self._subsets(sorted(changed)):  # in the same order on all ranks
             self.first_step.watch(subset.named)
-        return GroupChange(
-            tuple(chain.from_iterable(subset.names for subset, _ in joining)),
-            tuple(chain.from_iterable(left.names for left, _ in leaving)),
-        )
+        added = chain.from_iterable(subset.names for subset, _ in joining)
+        return GroupChange(tuple(added), tuple(chain.from_iterable(left.names for left, _ in leaving)))
 
     def warn_of_lost_ratios(self) -> None:
-        """Warn once where a block's rate is not its share of the template's.
-
-        Schedulers that were there when the blocks joined keep it; one that took over may have given all one peak.
-        """
+        """Warn once where a block's rate is not its share of the template's."""
+        # Schedulers that were there when the blocks joined keep it; one that took over may have given all one peak.
         if self._warned or (self.lr_schedulers and self.lr_schedulers is self._first_schedulers):
             return
         by_peaks = bool(self.lr_schedulers) or self.membership == "declared"
@@ -229,10 +219,10 @@ class OptimizerRebuilder:
             if group["params"] and rates.has_lost(group, template, ratio, by_peaks=by_peaks):
                 self._warned = True
                 warn(
-                    f"`learning_rate_scale` should hold, {ratio:g} of the template's rate, got "
-                    f"{group[BLOCK_KEY]} at {float(group['lr']):g} beside {float(template['lr']):g}: "
-                    "a loop or scheduler gives all groups one rate; multiply by group['lr_scale'], or give the "
-                    "scheduler a list with one max_lr, base_lr or swa_lr for each group"
+                    f"`learning_rate_scale` should hold, {ratio:g} of the template's rate, got {group[BLOCK_KEY]} at "
+                    f"{float(group['lr']):g} beside {float(template['lr']):g}: a loop or scheduler gives all groups "
+                    "one rate; multiply by group['lr_scale'], or give the scheduler a list with one max_lr, base_lr or "
+                    "swa_lr for each group"
                 )
                 return
 
@@ -276,7 +266,7 @@ class OptimizerRebuilder:
         """Bring groups and rows into a saved run's order, of which `order` told; an optimizer's state goes by place."""
         order = groups.reorder(self.optimizer, saved)
         if order != sorted(order):  # else no row moves, and one that lacks the entry of a later group is left alone
-            rates.reorder(self.lr_schedulers, order)
+            rates.select(self.lr_schedulers, order)
 
     def _subsets(self, indices: Iterable[int] | None = None) -> Iterable[Subset]:
         """Those of some blocks, or of all, deepest first."""
@@ -335,8 +325,9 @@ class OptimizerRebuilder:
             return _Join(subset, index, empty, None)
         rate = rates.joining_rate(self.lr_schedulers, template, index, ratio)
         group = groups.group_like(self.optimizer, template)
-        # A loop that sets the rates itself multiplies by `lr_scale`, as MAE's and BEiT's do.
-        keys = ("lr_scale",) if self.lr_schedulers is None else rates.scaled_keys(self.lr_schedulers)
+        keys = {key for leaf in rates.leaves(self.lr_schedulers) for key in rates.row_of(leaf.__class__).scaled_keys}
+        if self.lr_schedulers is None:
+            keys = {"lr_scale"}  # by which a loop that sets the rates itself multiplies, as MAE's and BEiT's
         group |= {key: group[key] * ratio for key in keys if key in group}
         if template.get("lr") is not None:
             group["lr"] = rate(template["lr"])
@@ -361,7 +352,7 @@ class OptimizerRebuilder:
                 rates.join(self.lr_schedulers, optimizer.param_groups, template, subset.ratio, rate)
         except BaseException:  # an interrupt would leave the schedulers a row short for good
             restore()
-            rates.leave(self.lr_schedulers, len(optimizer.param_groups))
+            rates.select(self.lr_schedulers, range(len(optimizer.param_groups)))
             raise
 
 
@@ -376,3 +367,21 @@ def _scales(scale: Scale, names: Sequence[str], fix: str) -> list[float]:
             f"{listed(names, most=10)}"
         )
     return [as_ratio(scale[name], f"learning_rate_scale[{name!r}]", fix=fix) for name in names]
+
+
+@contextmanager
+def taken_out(optimizer: Any, blocks: Iterable[Block]) -> Iterator[None]:
+    """Take the blocks' parameters out of the user's own groups, in place, and back in if what follows is refused."""
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"`optimizer` must be a torch optimizer, got {type(optimizer).__name__}; pass the live one")
+    out = {parameter for block in blocks for parameter in block.parameters()}
+    admission.refuse_loss(optimizer, out)
+    restore = groups.snapshot(optimizer)
+    for group in optimizer.param_groups:
+        if BLOCK_KEY not in group:
+            groups.leave(optimizer, group, out.intersection(group["params"]))
+    try:
+        yield
+    except BaseException:
+        restore()
+        raise
