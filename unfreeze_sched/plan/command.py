@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
     if args.encoder is not None:
         from unfreeze_sched.plan.memory import measure  # noqa: PLC0415  # torch, where it is needed
 
-        norms = args.unfreeze_norms or "eval"
+        norms: Any = args.unfreeze_norms or "eval"
         measured = measure(args.encoder, args.image_size, args.batch_size, args.optimizer, norms)
     schedule = _schedule(args, stated, len(measured.parts) - 1 if measured else args.blocks)
     drops = args.unfreeze_on_refreeze == "drop"
