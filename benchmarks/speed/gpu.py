@@ -102,7 +102,7 @@ def memory(name: str, image_size: int, batch_size: int, device: str) -> list[dic
     import segmentation_models_pytorch as smp  # noqa: PLC0415  # slow to import
 
     measured = measure(name, (image_size, image_size), batch_size, "adamw", "eval")
-    total = len(measured.names)
+    total = len(measured.parts) - 1
     preset = RatePreset(unfreeze_start_epoch=1, unfreeze_rate=1)
     schedule = UnfreezeSchedule(preset=preset, total_blocks=total, total_epochs=total + 1)
     plan = make_plan(schedule, 1e-3, measured=measured)

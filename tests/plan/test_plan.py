@@ -143,7 +143,7 @@ def test_fixed_norms_are_no_parameters_of_their_blocks() -> None:
     smp = pytest.importorskip("segmentation_models_pytorch")
     encoder = smp.Unet("resnet18", encoder_weights=None).encoder
     norms = sum(m.weight.numel() + m.bias.numel() for m in encoder.modules() if isinstance(m, nn.BatchNorm2d))
-    assert sum(trained.parameters) - sum(fixed.parameters) == norms > 0
+    assert sum(t.parameters - f.parameters for t, f in zip(trained.parts, fixed.parts, strict=True)) == norms > 0
     assert fixed.encoder == trained.encoder
 
 
@@ -326,6 +326,41 @@ def test_the_table() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("preset", "epochs", "late"),
+    [
+        (MilestonePreset(milestones={10: 3, 46: 4}), 50, "blocks[0], 4 of 50 epochs"),
+        (MilestonePreset(milestones={10: 2, 46: 3, 48: 4}), 50, "blocks[1], 4 of 50 epochs, blocks[0], 2 of 50 epochs"),
+        (MilestonePreset(milestones={10: 3, 45: 4}), 50, None),  # exactly a tenth
+        (MilestonePreset(milestones={10: 3, 49: 4}), 55, None),  # above a tenth
+        (MilestonePreset(milestones={10: 4, 12: 3, 48: 4}), 50, "blocks[0], 4 of 50 epochs"),  # two and two
+        (MilestonePreset(milestones={10: 4, 13: 3, 48: 4}), 50, None),  # three and two
+        (MilestonePreset(milestones={10: 2, 49: 3}), 50, "blocks[1], 1 of 50 epochs"),  # blocks[0] never joins
+        (MilestonePreset(milestones={10: 3}), 50, None),
+    ],
+)
+def test_blocks_with_little_time(preset: Any, epochs: int, late: str | None) -> None:
+    """A block of less than a tenth of the run is named with its epochs, over all phases; one that never joins is not."""
+    text = as_text(make_plan(UnfreezeSchedule(preset=preset, total_blocks=4, total_epochs=epochs), 1.0))
+    notes = " ".join(text.partition("all of them.\n")[2].split())
+    said = f"less than a tenth of the run: {late}; start earlier or unfreeze faster."
+    assert notes.partition("never within")[0].strip() == (said if late else "")
+    assert ("never within 50 epochs: blocks[0]; start" in notes) == (max(preset.milestones.values()) < 4)
+
+
+def test_a_model_whose_stem_has_little_time(capsys: Any) -> None:
+    """The same for a model's blocks, by their names; of many blocks the first are listed."""
+    assert main(["plan", *RESNET, "--image-size", "32", "--unfreeze_rate", "12"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert out.endswith("less than a tenth of the run: layer1, 4 of 50 epochs; start earlier or unfreeze faster.")
+    assert (
+        main(["plan", "--total-epochs", "100", "--blocks", "9", "--unfreeze_start", "91", "--unfreeze_rate", "1"]) == 0
+    )
+    out = " ".join(capsys.readouterr().out.split())
+    assert "run: blocks[8], 9 of 100 epochs, blocks[7], 8 of 100 epochs, " in out
+    assert ", blocks[3], 4 of 100 epochs and 3 more; start earlier or unfreeze faster." in out
+
+
 def test_refreezing_and_decay_in_the_table() -> None:
     """Blocks of different rates stand one a line, however many join at once."""
     preset = MilestonePreset(milestones={0: 4})
@@ -340,9 +375,8 @@ def test_a_large_model_is_told_in_gib() -> None:
         name="x", model="timm", parameters=10**10, head_parameters=10**9, unused=(), image_size=(8, 8), batch_size=1,
         optimizer="sgd",
     )  # fmt: skip
-    measured = memory.Measured(
-        encoder, ("a",), (9 * 10**9,), 4 * 10**9, (36 * 10**9,), 0, (0,), 40 * 10**9, lambda n: n * 2**30
-    )
+    parts = [memory.Part("head", 10**9, 4 * 10**9, 0), memory.Part("a", 9 * 10**9, 36 * 10**9, 0)]
+    measured = memory.Measured(encoder, parts, 40 * 10**9, lambda n: n * 2**30)
     preset = RatePreset(unfreeze_start_epoch=1)
     text = as_text(make_plan(UnfreezeSchedule(preset=preset, total_blocks=1, total_epochs=2), 1.0, measured=measured))
     assert "timm's x, 10.00 B parameters, 1 block, 2 epochs" in text
@@ -492,7 +526,7 @@ RESNET = ["--total-epochs", "50", "--encoder", "resnet18"]
         ([*SEVEN, "--schedule", "keys.json"], "keys.json: `unfreeze_strat` must not be given to RatePreset, got 3; it takes"),
         ([*SEVEN, "--schedule", "kind.json"], "`preset` must have a `kind` among rate, milestones, fraction, got 'rat'; add"),
         ([*SEVEN, "--schedule", "list.json"], "must hold a preset, with `kind`, or a schedule, with `preset`, got [1, 2]; w"),
-        ([*SEVEN, "--schedule", "other.json"], 'or a schedule, with `preset`, got keys a; write {"kind": "rate", "unf'),
+        ([*SEVEN, "--schedule", "other.json"], "other.json: `preset` must have a `kind` among rate, milestones, fraction, got None"),
         ([*SEVEN, "--schedule", "twice.yaml"], "twice.yaml: must be YAML, got what does not parse (the key 'unfreeze_rate' twi"),
         ([*SEVEN, "--schedule", "twice.json"], "twice.json: must be JSON, got what does not parse (the key 'unfreeze_rate' twi"),
         ([*SEVEN, "--schedule", "bomb.yaml"], "bomb.yaml: must be YAML, got what does not parse (the alias *a0); write lines"),
@@ -502,7 +536,7 @@ RESNET = ["--total-epochs", "50", "--encoder", "resnet18"]
         ([*SEVEN, "--schedule", "empty.yaml"], "with `preset`, got None; write lines such as `kind: rate` and"),
         ([*SEVEN, "--schedule", "number.yaml"], "`5` must not be given to UnfreezeSchedule, got 3; it takes preset, total"),
         ([*SEVEN, "--schedule", "binary.json"], "must be JSON, got what does not parse ('utf-8' codec can't decode byte 0xff"),
-        ([*SEVEN, "--schedule", "deep.json"], "deep.json: must be JSON, got what does not parse (nested too deeply); write"),
+        ([*SEVEN, "--schedule", "deep.json"], "deep.json: must be JSON, got what does not parse (maximum recursion depth"),
         ([*SEVEN, "--schedule", "huge.json"], "huge.json: must be JSON, got what does not parse (Exceeds the limit"),
         ([*SEVEN, "--schedule", "nan.json"], "nan.json: `learning_rate_scale` must be a number in (0, 1], got nan; 0.1"),
         ([*SEVEN, "--schedule", "without.json"], "without.json: `milestones` must be given, got none; add it"),
@@ -567,12 +601,12 @@ def test_wrong_input(
         (
             "yaml",
             ["--blocks", "7", "--schedule", "a.yaml"],
-            "`--schedule` needs PyYAML for a YAML file, which is not inst",
+            "`--schedule` needs PyYAML for a YAML file, which is not installed; pip install 'unfreeze-sched[plan]', or wri",
         ),
         (
             "matplotlib",
             ["--blocks", "7", "--plot", "a.png"],
-            "`--plot` needs matplotlib, which is not installed; pip inst",
+            "`--plot` needs matplotlib, which is not installed; pip install 'unfreeze-sched[plot]'",
         ),
         (
             "timm",

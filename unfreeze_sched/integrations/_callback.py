@@ -57,10 +57,9 @@ class Unfreezing:
         strict: bool = True,
         **options: Unpack[Options],
     ) -> None:
-        if not isinstance(schedule, (UnfreezeSchedule, *get_args(Preset))):
-            raise TypeError(
-                f"`schedule` must be an UnfreezeSchedule or a preset, got {type(schedule).__name__}; pass MEDIUM"
-            )
+        if not isinstance(schedule, Schedule):
+            got = type(schedule).__name__
+            raise TypeError(f"`schedule` must be an UnfreezeSchedule or a preset, got {got}; pass MEDIUM")
         if monitor is not None and not isinstance(monitor, str):
             raise TypeError(f"`monitor` must be a metric's name or None, got {monitor!r}; pass one that you log")
         if not isinstance(strict, bool):
@@ -83,10 +82,10 @@ class Unfreezing:
         blocks, schedule = self._blocks_of(model), self._schedule
         if not isinstance(schedule, UnfreezeSchedule):
             if not 1 <= (number := total()) < math.inf:
+                got = type(schedule).__name__
                 raise ValueError(
-                    "`schedule` must be an UnfreezeSchedule where the run's number of "
-                    f"{self._unit} is not known, got a {type(schedule).__name__}; pass "
-                    "UnfreezeSchedule(preset=..., total_blocks=..., total_epochs=...)"
+                    f"`schedule` must be an UnfreezeSchedule where the run's number of {self._unit} is not known, got a"
+                    f" {got}; pass UnfreezeSchedule(preset=..., total_blocks=..., total_epochs=...)"
                 )
             schedule = UnfreezeSchedule(preset=schedule, total_blocks=len(blocks), total_epochs=int(number))
         with self._own_fixes(), taken_out(optimizer, blocks):
@@ -126,9 +125,9 @@ class Unfreezing:
         with self._own_fixes():
             self.unfreezer.load_state_dict(saved, strict=self._strict)
 
-    def _refuse_unfed(self, *, validates: bool, fix: str) -> None:
-        """Refuse caps that would wait for a metric in vain."""
-        if self._options.get("caps") and self._monitor is not None and not validates:
+    def _refuse_unfed(self, fix: str) -> None:
+        """Refuse caps that would wait for a metric in vain, in a run that never validates."""
+        if self._options.get("caps") and self._monitor is not None:
             raise ValueError(
                 f"`monitor` must be a metric of a validation that takes place, got {self._monitor!r} in a run without "
                 f"one, so that no cap would ever hear of it; {fix}"

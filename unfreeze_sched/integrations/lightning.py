@@ -37,10 +37,8 @@ class UnfreezeCallback(Unfreezing, Callback):
     That optimizer may hold the whole model: the blocks' parameters are taken out when training starts, and each joins
     in its turn. Its LR schedulers are found, as are those that take over in mid-run. A checkpoint of the Trainer holds
     all that a resume needs. Under DDP the model is wrapped anew when the blocks change, unless it was made with
-    `find_unused_parameters=True`.
-
-    `unfreeze/blocks`, and `unfreeze/lr/NAME` for each block that has joined, go to the loggers once an epoch and at
-    each transition between.
+    `find_unused_parameters=True`. `unfreeze/blocks`, and `unfreeze/lr/NAME` for each block that has joined, go to the
+    loggers once an epoch and at each transition between.
 
     Args:
         schedule: An `UnfreezeSchedule`, or a preset, which is then laid over the Trainer's epochs or steps.
@@ -51,12 +49,11 @@ class UnfreezeCallback(Unfreezing, Callback):
         monitor: Name of a metric, logged in validation, that `caps` are fed with.
         head: What trains from the start, as for `encoder_blocks`, or a function of the LightningModule.
         strict: False lets a run be resumed with another schedule, such as one of more blocks.
-        **options: As for `ProgressiveUnfreezer`: `learning_rate_scale`, `layer_decay`, `template` (among the
-            optimizer's own groups), `on_refreeze`, `membership`, `no_decay`, `warmup_steps`, `norms`, `probe`, `caps`.
+        **options: As for `ProgressiveUnfreezer`, from `learning_rate_scale` on; `template` is among the optimizer's own
+            groups.
 
     Raises:
-        TypeError: An argument of the wrong type.
-        ValueError: An argument out of range; what depends on the model is checked when training starts.
+        TypeError, ValueError: A wrong argument; what depends on the model is checked when training starts.
 
     Example:
         >>> from unfreeze_sched import MEDIUM
@@ -111,11 +108,12 @@ class UnfreezeCallback(Unfreezing, Callback):
                 f"`optimizer` must be below {len(trainer.optimizers)}, the number of optimizers of "
                 f"configure_optimizers, got {self._index}; 0 is the first"
             )
-        self._refuse_unfed(
-            validates=_validates(trainer),
-            fix="give the fit a validation loader and its module a validation_step, with limit_val_batches above 0 and "
-            "check_val_every_n_epoch within the run",
-        )
+        last, every = trainer.max_epochs, trainer.check_val_every_n_epoch or 1
+        if not trainer.enable_validation or (last not in {None, -1} and last < every):
+            self._refuse_unfed(
+                "give the fit a validation loader and its module a validation_step, with limit_val_batches above 0 and "
+                "check_val_every_n_epoch within the run"
+            )
         self._fixes = self._ways(pl_module)
         optimizer = trainer.optimizers[self._index]
         self._live = _schedulers_of(optimizer, trainer)  # as last seen
@@ -208,12 +206,12 @@ class UnfreezeCallback(Unfreezing, Callback):
                 self._take_over_rate()
         self._follow(trainer)
         number = self._steps if self._unit == "steps" else trainer.current_epoch
-        is_within = number == self._applied_at  # an accumulation
-        self._applied_at = number
-        if is_within or not self._bring_to(number):
+        if number == self._applied_at:  # within an accumulation
             return False
-        self._settle(trainer)
-        return True
+        self._applied_at = number
+        if has_changed := self._bring_to(number):
+            self._settle(trainer)
+        return has_changed
 
     def _follow(self, trainer: Any) -> None:
         """Take note of LR schedulers that took over, as an SWA's does."""
@@ -275,12 +273,6 @@ def _schedulers_of(optimizer: Any, trainer: Any) -> list[Any]:
     """Those of this optimizer, or of one that it wraps."""
     schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
     return [scheduler for scheduler in schedulers if any(scheduler.optimizer is each for each in layers(optimizer))]
-
-
-def _validates(trainer: Any) -> bool:
-    """Whether a fit comes to a validation."""
-    every = trainer.check_val_every_n_epoch or 1
-    return trainer.enable_validation and (trainer.max_epochs in {None, -1} or every <= trainer.max_epochs)
 
 
 def _network(pl_module: nn.Module) -> str:

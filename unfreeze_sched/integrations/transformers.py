@@ -27,7 +27,6 @@ class UnfreezeTrainerCallback(Unfreezing, TrainerCallback):  # type: ignore[misc
 
     The Trainer makes its optimizer of the whole model: the blocks' parameters are taken out when training starts, and
     each joins in its turn. A checkpoint of the Trainer holds all that `resume_from_checkpoint` needs.
-
     `unfreeze/blocks`, and `unfreeze/lr/NAME` for each block that has joined, are logged beside the training loss.
 
     Args:
@@ -38,13 +37,11 @@ class UnfreezeTrainerCallback(Unfreezing, TrainerCallback):  # type: ignore[misc
         monitor: Name of a metric of evaluation, such as `"eval_loss"`, that `caps` are fed with.
         head: What trains from the start, as for `encoder_blocks`, or a function of the model.
         strict: False lets a run be resumed with another schedule, such as one of more blocks.
-        **options: As for `ProgressiveUnfreezer`: `learning_rate_scale`, `layer_decay`, `template` (among the
-            optimizer's own groups), `on_refreeze`, `membership`, `no_decay`, `warmup_steps`, `norms`, `probe`, `caps`.
-            `no_decay` is True where it is left out, as norms and biases get no weight decay from the Trainer.
+        **options: As for `ProgressiveUnfreezer`, from `learning_rate_scale` on; `template` is among the optimizer's own
+            groups. `no_decay` is True where it is left out, as norms and biases get no weight decay from the Trainer.
 
     Raises:
-        TypeError: An argument of the wrong type.
-        ValueError: An argument out of range; what depends on the model is checked when training starts.
+        TypeError, ValueError: A wrong argument; what depends on the model is checked when training starts.
 
     Example:
         >>> from unfreeze_sched import MEDIUM
@@ -73,7 +70,8 @@ class UnfreezeTrainerCallback(Unfreezing, TrainerCallback):  # type: ignore[misc
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
         """Take up the run; its optimizer and LR scheduler are there now."""
-        self._refuse_unfed(validates=args.eval_strategy != "no", fix="pass eval_strategy='epoch' to TrainingArguments")
+        if args.eval_strategy == "no":
+            self._refuse_unfed("pass eval_strategy='epoch' to TrainingArguments")
         self.begin(objects["model"], objects["optimizer"], objects["lr_scheduler"], state)
         self._epoch = int(state.epoch or 0)
         self._rates: dict[str, float] = {}  # of the last step
@@ -82,8 +80,8 @@ class UnfreezeTrainerCallback(Unfreezing, TrainerCallback):  # type: ignore[misc
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
         """Bring the model to the epoch's state."""
         assert self._epoch is not None
-        if self._unit == "epochs":
-            self._apply(self._epoch, state)
+        if self._unit == "epochs" and self._bring_to(self._epoch):
+            self._keep(state)
         self._epoch += 1  # `state.epoch` falls behind where an epoch is stopped early
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
@@ -91,8 +89,8 @@ class UnfreezeTrainerCallback(Unfreezing, TrainerCallback):  # type: ignore[misc
         if self._heard and self._monitor not in self._heard:
             self._feed(self._heard)  # which it refuses
         self._heard = {}
-        if self._unit == "steps":
-            self._apply(state.global_step, state)
+        if self._unit == "steps" and self._bring_to(state.global_step):
+            self._keep(state)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
         """Note the rates, which the LR scheduler changes next."""
@@ -113,10 +111,6 @@ class UnfreezeTrainerCallback(Unfreezing, TrainerCallback):  # type: ignore[misc
     def metrics(self) -> dict[str, float]:
         """What is logged of the last step."""
         return {} if self._epoch is None else self._logged(self._rates)
-
-    def _apply(self, number: int, state: Any) -> None:
-        if self._bring_to(number):
-            self._keep(state)
 
     def _keep(self, state: Any) -> None:
         """Leave the state where the Trainer's checkpoint takes it from; as text, since the Trainer sorts keys."""

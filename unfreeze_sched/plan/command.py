@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,9 +18,6 @@ from unfreeze_sched.arguments import PRESET_FLAGS, add_flag, add_flags, checked,
 from unfreeze_sched.plan.phases import STATES, as_text, make_plan
 from unfreeze_sched.schedule import PRESETS, UnfreezeSchedule, preset_for
 
-# No network has more, and a table of more rows is read by nobody.
-_MOST_BLOCKS = 1_000
-_MOST_EPOCHS = 10**9
 _MOST_PIXELS = 2**16
 _SUFFIXES = (".png", ".pdf", ".svg")
 
@@ -27,13 +25,13 @@ _SUFFIXES = (".png", ".pdf", ".svg")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command; each longer one has a dashed and an underscored spelling."""
     total = "epochs of the run; may be left out where --schedule states it"
-    add_flag(parser, "--total_epochs N", total, type=integer(1, most=_MOST_EPOCHS))
+    add_flag(parser, "--total_epochs N", total, type=integer(1, most=10**9))
     add_flag(parser, "--json", "print JSON: the fields of unfreeze_sched.plan.phases.Plan")
     add_flag(parser, "--plot FILE", f"draw blocks over epochs ({', '.join(_SUFFIXES)})")
 
     network = parser.add_argument_group("network", "one of the first two is required")
     which = network.add_mutually_exclusive_group(required=True)
-    add_flag(which, "--blocks N", "the encoder's blocks", type=integer(1, most=_MOST_BLOCKS))
+    add_flag(which, "--blocks N", "the encoder's blocks", type=integer(1, most=1_000))
     add_flag(which, "--encoder NAME", "smp's name of an encoder (of a Unet), or timm's of a model")
     wanted = f"a side in pixels or HxW, up to {_MOST_PIXELS}"
     size = checked(_sides, lambda sides: all(0 < side <= _MOST_PIXELS for side in sides), wanted)
@@ -62,19 +60,13 @@ def run(args: argparse.Namespace) -> None:
     plotter = None if args.plot is None else _plotter(Path(args.plot))
     stated, measured = _stated(args), None
     if args.encoder is not None:
-        _schedule(args, stated, None)  # what can be refused before the model is built
         from unfreeze_sched.plan.memory import measure  # noqa: PLC0415  # torch, where it is needed
 
-        measured = measure(
-            args.encoder, args.image_size, args.batch_size, args.optimizer, args.unfreeze_norms or "eval"
-        )
-    plan = make_plan(
-        _schedule(args, stated, len(measured.names) if measured else args.blocks),
-        args.lr,
-        args.unfreeze_layer_decay or 1.0,
-        drops=args.unfreeze_on_refreeze == "drop",
-        measured=measured,
-    )
+        norms: Any = args.unfreeze_norms or "eval"
+        measured = measure(args.encoder, args.image_size, args.batch_size, args.optimizer, norms)
+    schedule = _schedule(args, stated, len(measured.parts) - 1 if measured else args.blocks)
+    drops = args.unfreeze_on_refreeze == "drop"
+    plan = make_plan(schedule, args.lr, args.unfreeze_layer_decay or 1.0, drops=drops, measured=measured)
     if plotter is not None:
         try:
             plotter.draw(plan, Path(args.plot))
@@ -89,7 +81,7 @@ def _plotter(path: Path) -> Any:
         raise ValueError(f"`--plot` must end in one of {', '.join(_SUFFIXES)}, got {path}; name it plan.png")
     if path.is_dir() or not path.parent.is_dir():
         raise _unwritable(path, "a folder" if path.is_dir() else f"no folder {path.parent}")
-    return _extra("unfreeze_sched.plan.plot", "`--plot` needs matplotlib", "pip install matplotlib")
+    return _extra("unfreeze_sched.plan.plot", "`--plot` needs matplotlib", "pip install 'unfreeze-sched[plot]'")
 
 
 def _extra(module: str, need: str, fix: str) -> Any:
@@ -101,9 +93,6 @@ def _extra(module: str, need: str, fix: str) -> Any:
 
 def _unwritable(path: object, reason: object) -> ValueError:
     return ValueError(f"`--plot` must be a file that can be written, got {path} ({reason}); name another")
-
-
-# --- the schedule
 
 
 def _stated(args: argparse.Namespace) -> dict[str, Any]:
@@ -122,26 +111,22 @@ def _stated(args: argparse.Namespace) -> dict[str, Any]:
     return stated
 
 
-def _schedule(args: argparse.Namespace, stated: dict[str, Any], blocks: int | None) -> UnfreezeSchedule:
-    """The schedule for so many blocks, or as far as it can be checked where their number is not known yet."""
+def _schedule(args: argparse.Namespace, stated: dict[str, Any], blocks: int) -> UnfreezeSchedule:
     asked = {
         "total_blocks": (blocks, f"the number of blocks of {args.encoder}" if args.encoder else "--blocks"),
         "total_epochs": (args.total_epochs, "--total-epochs"),
     }
-    known = {key: value for key, (value, _) in asked.items() if value is not None}
+    for key, (value, source) in asked.items():
+        if value is not None and (other := stated.setdefault(key, value)) != value:
+            fix = "change it, or keep the preset alone in the file"
+            raise ValueError(f"{args.schedule}: `{key}` must be {value}, {source}, got {short(other)}; {fix}")
     try:
-        schedule = UnfreezeSchedule.model_validate({"total_blocks": _MOST_BLOCKS, **known, **stated})
+        return UnfreezeSchedule.model_validate(stated)
     except ValidationError as error:
         raise ValueError(f"{args.schedule}: {one_line(error)}" if args.schedule else one_line(error)) from error
-    for key, value in known.items():
-        if (other := getattr(schedule, key)) != value:
-            fix = "change it, or keep the preset alone in the file"
-            raise ValueError(f"{args.schedule}: `{key}` must be {value}, {asked[key][1]}, got {other}; {fix}")
-    return schedule
 
 
 def _read(name: str) -> dict[str, Any]:
-    """The mapping that a file holds."""
     path = Path(name)
     if path.suffix.lower() in {".yaml", ".yml"}:
         kind, load, example = "YAML", _yaml_loader(), "lines such as `kind: rate` and `unfreeze_rate: 5`"
@@ -154,24 +139,20 @@ def _read(name: str) -> dict[str, Any]:
         text = f"`--schedule` must be a readable file, got {name} ({error.strerror}); check the path"
         raise ValueError(text) from error
     except Exception as error:  # a parser's own, of any kind
-        reason = "nested too deeply" if isinstance(error, RecursionError) else error
-        raise ValueError(f"{name}: must be {kind}, got what does not parse ({reason}); write {example}") from error
-    if not isinstance(value, dict) or not {"kind", "preset"} & value.keys():
-        shown = f"keys {', '.join(map(str, value))[:80]}" if isinstance(value, dict) and value else short(value)
-        raise ValueError(
-            f"{name}: must hold a preset, with `kind`, or a schedule, with `preset`, got {shown}; write {example}"
-        )
+        raise ValueError(f"{name}: must be {kind}, got what does not parse ({error}); write {example}") from error
+    if not isinstance(value, dict):
+        text = f"{name}: must hold a preset, with `kind`, or a schedule, with `preset`, got {short(value)}"
+        raise ValueError(f"{text}; write {example}")  # noqa: TRY004  # a file's content
     return value
 
 
 def _yaml_loader() -> Callable[[str], Any]:
-    yaml = _extra("yaml", "`--schedule` needs PyYAML for a YAML file", "pip install pyyaml, or write JSON")
+    fix = "pip install 'unfreeze-sched[plan]', or write JSON"
+    yaml = _extra("yaml", "`--schedule` needs PyYAML for a YAML file", fix)
 
     class Loader(yaml.SafeLoader):  # type: ignore[misc, name-defined]  # imported on use
-        """Takes no key twice, and no alias, of which a few lines unfold to gigabytes."""
-
         def compose_node(self, parent: Any, index: Any) -> Any:
-            if self.check_event(yaml.AliasEvent):
+            if self.check_event(yaml.AliasEvent):  # of which a few lines unfold to gigabytes
                 raise ValueError(f"the alias *{self.peek_event().anchor}")
             return super().compose_node(parent, index)
 
@@ -182,11 +163,9 @@ def _yaml_loader() -> Callable[[str], Any]:
     return partial(yaml.load, Loader=Loader)
 
 
-def _unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A mapping of pairs whose keys differ: of two values for one key a loader would take the last in silence."""
-    found: dict[Any, Any] = {}
-    for key, value in pairs:
-        if key in found:
+    for key, times in Counter(key for key, _ in pairs).items():
+        if times > 1:
             raise ValueError(f"the key {short(key)} twice")
-        found[key] = value
-    return found
+    return dict(pairs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from importlib import import_module
@@ -20,21 +20,16 @@ from torch.overrides import TorchFunctionMode
 from unfreeze_sched._checks import short
 from unfreeze_sched.model import Block, encoder_blocks, freezing
 from unfreeze_sched.model.tracing import trace
-from unfreeze_sched.plan.phases import STATES, Encoder, Measured
+from unfreeze_sched.plan.phases import STATES, Encoder, Measured, Part
 
 Size = tuple[int, int]  # height and width in pixels
-
-_USUAL_SIZES = ((224, 224), (256, 256), (384, 384))
-
-
-# --- counting
 
 
 def measure(name: str, image_size: Size | None, batch_size: int, optimizer: str, norms: freezing.Norms) -> Measured:
     """What is known of smp's or timm's model, by the batches and the optimizer that it would train with."""
-    fake = fake_model(name, image_size, batch_size)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore")  # of deprecated names, and of what a model says of itself
+        fake = fake_model(name, image_size, batch_size)
         blocks = encoder_blocks(fake.model, example_input=fake.batch)
         used = trace(fake.model, fake.batch).uses
     within = {parameter for block in blocks for parameter in block.parameters()}
@@ -45,29 +40,29 @@ def measure(name: str, image_size: Size | None, batch_size: int, optimizer: str,
         blocks = freezing.with_fixed_norms(blocks)
         fixed = chain.from_iterable(block.fixed for block in blocks)
         freezing.set_requires_grad(fixed, requires_grad=False, flipped=[])
-    groups = [head, *(list(block.parameters()) for block in blocks)]
-    state = STATES[optimizer]
-    numbers = [sum(each.numel() for each in group) for group in groups]
-    gradients = [sum(each.nbytes for each in group) for group in groups]
-    states = [sum(state(each.shape, each.element_size()) for each in group) for group in groups]
+
+    def part(name: str, tensors: Sequence[Tensor]) -> Part:
+        return Part(
+            name,
+            parameters=sum(each.numel() for each in tensors),
+            gradients=sum(each.nbytes for each in tensors),
+            state=sum(STATES[optimizer](each.shape, each.element_size()) for each in tensors),
+        )
+
+    parts = [part("head", head), *(part(block.name, [*block.parameters()]) for block in reversed(blocks))]
     stored = {_key(tensor): tensor for tensor in chain(fake.model.parameters(), fake.model.buffers())}
     return Measured(
         encoder=Encoder(
             name=name,
             model=fake.kind,
             parameters=sum(each.numel() for each in fake.model.parameters()),
-            head_parameters=numbers[0],
+            head_parameters=parts[0].parameters,
             unused=tuple(unused),
             image_size=tuple(fake.batch.shape[-2:]),
             batch_size=batch_size,
             optimizer=optimizer,
         ),
-        names=tuple(block.name for block in blocks),
-        parameters=tuple(numbers[1:]),
-        head_bytes=gradients[0],
-        gradient_bytes=tuple(gradients[1:]),
-        head_state=states[0],
-        state_bytes=tuple(states[1:]),
+        parts=parts,
         weights=sum(tensor.untyped_storage().nbytes() for tensor in stored.values()),
         activations=cache(lambda number: saved_activations(fake, blocks, number, norms)),
     )
@@ -77,10 +72,7 @@ def saved_activations(fake: FakeModel, blocks: tuple[Block, ...], number: int, n
     """Bytes that a forward pass in training mode saves for backward, with so many of the deepest blocks unfrozen."""
     fake.model.train()
     for depth, block in enumerate(reversed(blocks)):
-        if depth < number:
-            freezing.unfreeze(block)
-        else:
-            freezing.freeze(block)
+        (freezing.unfreeze if depth < number else freezing.freeze)(block)
         if norms == "train":
             freezing.release(freezing.norms_of(block))
         elif norms != "eval":
@@ -133,69 +125,62 @@ class _RealRanges(TorchFunctionMode):
 
 
 def fake_model(name: str, image_size: Size | None, batch_size: int) -> FakeModel:
-    """Build `smp.Unet` of an encoder's name, or timm's model; without a size it runs on its own, or on a usual one."""
+    """Build `smp.Unet` of an encoder's name, or timm's model; without a size it runs on its own, or on 224 pixels."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)  # a model may hold small tensors that are not its buffers
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of deprecated names
-        model, kind = _built(name, image_size)
-        _to_fake(model, mode)
-        model.train()
-        stated = getattr(model, "pretrained_cfg", {}).get("input_size", ())[-2:]
-        reasons = []
-        for size in [image_size] if image_size else filter(None, (tuple(stated), *_USUAL_SIZES)):
-            try:
-                with mode, torch.no_grad():
-                    batch = torch.zeros(batch_size, 3, *size)
-                    model(batch)
-            except Exception as error:  # noqa: BLE001  # whatever a model raises says that this input does not fit
-                reasons.append(_first_line(error))
-            else:
-                return FakeModel(model, kind, batch, mode)
-    if "more than 1 value per channel" in reasons[0]:
-        text = f"`--batch-size` must suit batch norms in training, got {batch_size} ({reasons[0]}); raise it to 2"
-    elif image_size:
-        text = f"`--image-size` must be one that {name} runs on, got {image_size[0]}x{image_size[1]} ({reasons[0]}); "
-        text += "leave it out for the model's own size"
-    else:
-        text = f"`--encoder` must run on a batch of images without data, got {name} ({reasons[0]}); "
-        text += "plan with --blocks, or pass --image-size"
-    raise ValueError(text)
+    model, kind = _built(name, image_size)
+    _to_fake(model, mode)
+    model.train()
+    height, width = image_size or getattr(model, "pretrained_cfg", {}).get("input_size", (3, 224, 224))[-2:]
+    try:
+        with mode, torch.no_grad():
+            batch = torch.zeros(batch_size, 3, height, width)
+            model(batch)
+    except Exception as error:  # whatever a model raises says that this input does not fit
+        said = _first_line(error)
+        if "more than 1 value per channel" in said:
+            what, fix = f"`--batch-size` must suit batch norms in training, got {batch_size}", "raise it to 2"
+        elif image_size:
+            what = f"`--image-size` must be one that {name} runs on, got {height}x{width}"
+            fix = "leave it out for the model's own size"
+        else:
+            what = f"`--encoder` must run on a batch of images without data, got {name}"
+            fix = "plan with --blocks, or pass --image-size"
+        raise ValueError(f"{what} ({said}); {fix}") from error
+    return FakeModel(model, kind, batch, mode)
 
 
 def _built(name: str, image_size: Size | None) -> tuple[nn.Module, str]:
-    smp: Any = None
-    timm: Any = None
-    with suppress(ModuleNotFoundError):
-        smp = import_module("segmentation_models_pytorch")
-    with suppress(ModuleNotFoundError):
-        timm = import_module("timm")
-    if smp is None and timm is None:
+    try:
+        timm = import_module("timm")  # which smp needs as well
+    except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "`--encoder` needs segmentation_models_pytorch or timm, of which none is installed; "
             "pip install segmentation-models-pytorch"
-        )
+        ) from error
+    smp: Any = None
+    with suppress(ModuleNotFoundError):
+        smp = import_module("segmentation_models_pytorch")
     smp_names = set(smp.encoders.get_encoder_names()) if smp else set()
-    is_model = timm.is_model if timm else lambda _: False
     bare = re.sub(r"^(hf[_-]hub:)?timm/", "", name)  # as model cards spell it; the hub has the weights alone
     prefix, _, rest = name.partition("-")  # `tu-` stands before timm's name; `timm-` did, and smp still maps most of it
     try:
         # A KeyError is smp's word for a name that it does not know, with all that it knows.
         with suppress(KeyError), torch.device("meta"), _RealRanges():
-            if name in smp_names or (smp and prefix in {"tu", "timm"} and (is_model(rest) or is_model(f"tf_{rest}"))):
+            if name in smp_names or (
+                smp and prefix in {"tu", "timm"} and any(map(timm.is_model, (rest, f"tf_{rest}")))
+            ):
                 return smp.Unet(name, encoder_weights=None), "smp.Unet"
-            if is_model(bare) and ":" not in bare:  # such a prefix asks a hub
+            if timm.is_model(bare) and ":" not in bare:  # such a prefix asks a hub
                 with suppress(TypeError):  # most have no positions, and do not take the keyword
-                    return timm.create_model(bare, **({"img_size": image_size} if image_size else {})), "timm"
+                    return timm.create_model(bare, img_size=image_size), "timm"
                 return timm.create_model(bare), "timm"
     except Exception as error:
         raise ValueError(
             f"`--encoder` must be one that can be built without weights, got {name} ({_first_line(error)}); "
             "take another, or plan with --blocks"
         ) from error
-    near = difflib.get_close_matches(bare, sorted(smp_names | set(timm.list_models() if timm else ())), 3)
-    hint = (
-        f"did you mean {' or '.join(near)}" if near else "see smp.encoders.get_encoder_names() and timm.list_models()"
-    )
+    near = " or ".join(difflib.get_close_matches(bare, sorted({*smp_names, *timm.list_models()}), 3))
+    hint = f"did you mean {near}" if near else "see smp.encoders.get_encoder_names() and timm.list_models()"
     raise ValueError(f"`--encoder` must be a name that smp or timm knows, got {short(name)}; {hint}")
 
 
@@ -215,5 +200,4 @@ def _to_fake(model: nn.Module, mode: FakeTensorMode) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    text = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-    return text.rstrip(" .:")
+    return f"{type(error).__name__}: {error}".splitlines()[0].rstrip(" .:")

@@ -11,7 +11,6 @@ from typing import Any, Literal, NamedTuple
 from unfreeze_sched._checks import FrozenModel, columns, listed
 from unfreeze_sched.schedule import PRESETS, UnfreezeSchedule
 
-BYTES = {"MiB": 2**20, "GiB": 2**30}
 _NAMED = 3  # more blocks than these, joining at once at one rate, are told by the first and the last
 
 
@@ -72,16 +71,20 @@ class Plan(FrozenModel):
     phases: tuple[Phase, ...]  # in the order of their epochs; together they are the run
 
 
+class Part(NamedTuple):
+    """What is known of a model's head, or of a block."""
+
+    name: str
+    parameters: int
+    gradients: int  # bytes
+    state: int  # bytes in the optimizer
+
+
 class Measured(NamedTuple):
-    """What is known of a model: the numbers of a plan that follow from it; those of blocks are shallow to deep."""
+    """What is known of a model: the numbers of a plan that follow from it."""
 
     encoder: Encoder
-    names: tuple[str, ...]
-    parameters: tuple[int, ...]
-    head_bytes: int  # of gradients
-    gradient_bytes: tuple[int, ...]
-    head_state: int  # bytes of optimizer state
-    state_bytes: tuple[int, ...]
+    parts: Sequence[Part]  # the head, and the blocks from deep to shallow, as they join
     weights: int  # bytes of all parameters and buffers
     activations: Callable[[int], int]  # from a number of unfrozen blocks to the bytes saved for backward
 
@@ -94,19 +97,10 @@ def make_plan(
     drops: bool = False,
     measured: Measured | None = None,
 ) -> Plan:
-    """The plan of a schedule by the head's base rate; `drops`: a block that is frozen again loses its optimizer state.
-
-    Example:
-        >>> from unfreeze_sched import MEDIUM
-        >>> plan = make_plan(UnfreezeSchedule(preset=MEDIUM, total_blocks=7, total_epochs=50), 1e-3)
-        >>> [(phase.first_epoch, phase.last_epoch, phase.unfrozen) for phase in plan.phases[:3]]
-        [(0, 9, 0), (10, 14, 1), (15, 19, 2)]
-        >>> plan.phases[1].joins, plan.phases[1].learning_rates
-        (('blocks[6]',), {'head': 0.001, 'blocks[6]': 0.0001})
-    """
-    total = schedule.total_blocks
-    # From here on the deepest block comes first, as it does in training.
-    names = (measured.names if measured else tuple(f"blocks[{index}]" for index in range(total)))[::-1]
+    """The plan of a schedule by the head's base rate; with `drops` a block frozen again loses its optimizer state."""
+    parts = measured.parts[1:] if measured else ()
+    # The deepest block comes first, as it does in training.
+    names = tuple(part.name for part in parts) or tuple(f"blocks[{i}]" for i in range(schedule.total_blocks))[::-1]
     rate = learning_rate * schedule.preset.learning_rate_scale
     rates = [("head", learning_rate), *((name, rate * layer_decay**depth) for depth, name in enumerate(names))]
     starts = sorted({0, *(epoch for epoch, _ in schedule.transitions())})
@@ -128,7 +122,7 @@ def make_plan(
     blocks = [
         PlannedBlock(
             name=name,
-            parameters=measured.parameters[-1 - depth] if measured else None,
+            parameters=parts[depth].parameters if parts else None,
             first_epoch=next((phase.first_epoch for phase in phases if phase.unfrozen > depth), None),
             learning_rate=rates[1 + depth][1],
         )
@@ -145,34 +139,28 @@ def make_plan(
 
 def _figures(measured: Measured, trained: int, kept: int) -> dict[str, Any]:
     """A phase's fields that follow from the model: so many blocks train, and so many are in the optimizer."""
-
-    def deepest(number: int, figures: Sequence[int]) -> int:
-        return sum(figures[len(figures) - number :])
-
-    trainable = measured.encoder.head_parameters + deepest(trained, measured.parameters)
-    parts = {
+    trainable = sum(part.parameters for part in measured.parts[: 1 + trained])
+    sizes = {
         "weights": measured.weights,
-        "gradients": measured.head_bytes + deepest(trained, measured.gradient_bytes),
-        "optimizer": measured.head_state + deepest(kept, measured.state_bytes),
+        "gradients": sum(part.gradients for part in measured.parts[: 1 + trained]),
+        "optimizer": sum(part.state for part in measured.parts[: 1 + kept]),
         "activations": measured.activations(trained),
     }
     return {
         "trainable_parameters": trainable,
         "trainable_share": trainable / measured.encoder.parameters,
-        "memory": Memory(**parts, total=sum(parts.values())),
+        "memory": Memory(**sizes, total=sum(sizes.values())),
     }
 
 
 # --- optimizers
 
 Shape = Sequence[int]
-
-# torch counts steps in a float of its own for each parameter.
-_STEP = 4
+_STEP = 4  # torch counts steps in a float of its own for each parameter
 
 
-def _copies(number: int, *, counts: bool) -> Callable[[Shape, int], int]:
-    return lambda shape, size: number * prod(shape) * size + (_STEP if counts else 0)
+def _copies(number: int, step: int = _STEP) -> Callable[[Shape, int], int]:
+    return lambda shape, size: number * prod(shape) * size + step
 
 
 def _factored(shape: Shape, size: int) -> int:
@@ -185,15 +173,15 @@ def _factored(shape: Shape, size: int) -> int:
 
 # From an optimizer's name to the bytes of state of one parameter, by its shape and its bytes a number.
 STATES: dict[str, Callable[[Shape, int], int]] = {
-    "adamw": _copies(2, counts=True),
-    "adam": _copies(2, counts=True),
-    "amsgrad": _copies(3, counts=True),
-    "sgd": _copies(0, counts=False),
-    "sgd-momentum": _copies(1, counts=False),
-    "rmsprop": _copies(1, counts=True),
-    "adagrad": _copies(1, counts=True),
+    "adamw": _copies(2),
+    "adam": _copies(2),
+    "amsgrad": _copies(3),
+    "sgd": _copies(0, step=0),
+    "sgd-momentum": _copies(1, step=0),
+    "rmsprop": _copies(1),
+    "adagrad": _copies(1),
     "adafactor": _factored,
-    "lion": _copies(1, counts=False),
+    "lion": _copies(1, step=0),
 }
 
 
@@ -202,12 +190,9 @@ STATES: dict[str, Callable[[Shape, int], int]] = {
 
 def as_text(plan: Plan, plot: str | None = None) -> str:
     """A plan in words, 80 columns wide if it can be: what it is, a row a phase, and notes, also on its picture."""
-    header = ["epochs", "blocks", "joins", "lr"]
-    if plan.encoder:
-        header += ["trainable", "share", "grads", "optim", "saved", "sum"]
-    table = columns(
-        header, (_cells(plan, phase) for phase in plan.phases), right={*header} - {"epochs", "joins"}, gap=1
-    )
+    figures = ["trainable", "share", "grads", "optim", "saved", "sum"] if plan.encoder else []
+    rows = [_cells(plan, phase) for phase in plan.phases]
+    table = columns(["epochs", "blocks", "joins", "lr", *figures], rows, right={"blocks", "lr", *figures}, gap=1)
     wrapped = [textwrap.fill(note, 80) for note in _notes(plan, plot)]
     return "\n".join([textwrap.fill(title(plan), 80), "", table, "", *wrapped])
 
@@ -215,14 +200,12 @@ def as_text(plan: Plan, plot: str | None = None) -> str:
 def title(plan: Plan) -> str:
     """What was planned, in one sentence."""
     schedule, encoder = plan.schedule, plan.encoder
-    named = [f"{name}: " for name, preset in PRESETS.items() if preset == schedule.preset]
-    fields = schedule.preset.model_dump(exclude={"kind"})
-    preset = "".join(named[:1]) + ", ".join(f"{name} {value}" for name, value in fields.items())
+    preset = next((f"{name}: " for name, preset in PRESETS.items() if preset == schedule.preset), "")
+    preset += ", ".join(f"{name} {value}" for name, value in schedule.preset.model_dump(exclude={"kind"}).items())
     what = ""
     if encoder:
-        what = f"{encoder.name} in {encoder.model}"
-        if encoder.model == "timm":
-            what = f"timm's {encoder.name.rpartition('/')[2]}"
+        is_timms = encoder.model == "timm"
+        what = f"timm's {encoder.name.rpartition('/')[2]}" if is_timms else f"{encoder.name} in {encoder.model}"
         what += f", {in_short(encoder.parameters)} parameters, "
     blocks = f"{schedule.total_blocks} block{'s' if schedule.total_blocks > 1 else ''}"
     epochs = f"{schedule.total_epochs} epoch{'s' if schedule.total_epochs > 1 else ''}"
@@ -230,15 +213,14 @@ def title(plan: Plan) -> str:
 
 
 def _cells(plan: Plan, phase: Phase) -> list[str]:
-    first, last, joins = phase.first_epoch, phase.last_epoch, list(_joins(phase))
+    first, last, memory = phase.first_epoch, phase.last_epoch, phase.memory
     epochs = f"{first}-{last}" if last > first else str(last)
-    names, rates = ("\n".join(lines) for lines in zip(*joins, strict=True)) if joins else ("", "")
-    cells = [epochs, f"{phase.unfrozen}/{plan.schedule.total_blocks}", names, rates]
-    if phase.memory is not None:
-        memory, divisor = phase.memory, BYTES[unit_of(plan)]
+    cells = [epochs, f"{phase.unfrozen}/{plan.schedule.total_blocks}"]
+    cells += ["\n".join(lines) for lines in zip(*_joins(phase), strict=True)]
+    if memory:
+        cells += [in_short(phase.trainable_parameters or 0), f"{phase.trainable_share:.1%}"]
         sizes = (memory.gradients, memory.optimizer, memory.activations, memory.total)
-        cells += [in_short(phase.trainable_parameters or 0), f"{100 * (phase.trainable_share or 0):.1f}%"]
-        cells += [f"{size / divisor:.1f}" for size in sizes]
+        cells += [f"{size / unit_of(plan)[1]:.1f}" for size in sizes]
     return cells
 
 
@@ -261,8 +243,8 @@ def _notes(plan: Plan, plot: str | None) -> Iterator[str]:
     encoder = plan.encoder
     yield "epochs: 0-based, inclusive. lr: base rate, from then on; an LR scheduler scales all of them."
     if encoder:
-        unit, (height, width) = unit_of(plan), encoder.image_size
-        weights = sum(phase.memory.weights for phase in plan.phases[:1] if phase.memory) / BYTES[unit]
+        (unit, size), (height, width) = unit_of(plan), encoder.image_size
+        weights = sum(phase.memory.weights for phase in plan.phases[:1] if phase.memory) / size
         yield (
             f"{unit}: gradients, state of {encoder.optimizer}, activations saved for backward (batch of "
             f"{encoder.batch_size} at {height}x{width}, float32, each storage once), and their sum with {weights:.1f} "
@@ -270,19 +252,25 @@ def _notes(plan: Plan, plot: str | None) -> Iterator[str]:
         )
         if encoder.unused:
             yield f"in no phase, since no gradient reaches it: {listed(encoder.unused)}."
-    never = [block.name for block in plan.blocks if block.first_epoch is None][::-1]
+    total, late, never = plan.schedule.total_epochs, [], []
+    for depth, block in enumerate(reversed(plan.blocks)):
+        epochs = sum(phase.last_epoch + 1 - phase.first_epoch for phase in plan.phases if phase.unfrozen > depth)
+        if epochs == 0:
+            never.append(block.name)
+        elif 10 * epochs < total:
+            late.append(f"{block.name}, {epochs} of {total} epochs")
+    if late:
+        yield f"less than a tenth of the run: {listed(late, 6)}; start earlier or unfreeze faster."
     if never:
-        names = ", ".join(never) if len(never) <= 2 * _NAMED else f"{never[0]} to {never[-1]}"
-        epochs = plan.schedule.total_epochs
-        yield f"never within {epochs} epochs: {names}; start earlier, unfreeze faster, or train longer."
+        yield f"never within {total} epochs: {listed(never, 6)}; start earlier, unfreeze faster, or train longer."
     if plot:
         yield f"{plot} shows it."
 
 
-def unit_of(plan: Plan) -> str:
-    """In which unit the plan's memory is told."""
+def unit_of(plan: Plan) -> tuple[str, int]:
+    """In which unit the plan's memory is told, and its bytes."""
     most = max((phase.memory.total for phase in plan.phases if phase.memory), default=0)
-    return "GiB" if most >= 10 * BYTES["GiB"] else "MiB"
+    return ("GiB", 2**30) if most >= 10 * 2**30 else ("MiB", 2**20)
 
 
 def in_short(number: int) -> str:

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator
 
 from unfreeze_sched.history import draw_rows
-from unfreeze_sched.plan.phases import BYTES, Plan, in_short, title, unit_of
+from unfreeze_sched.plan.phases import Plan, in_short, title, unit_of
 
 _APART = 0.035  # of the axis: epochs of transitions nearer than that would overlap
 _KINDS = {"weights": "#8c8c8c", "gradients": "#d98b5f", "optimizer": "#5f8fb5", "activations": "#6aa56a"}
@@ -23,12 +23,11 @@ _KINDS = {"weights": "#8c8c8c", "gradients": "#d98b5f", "optimizer": "#5f8fb5", 
 def draw(plan: Plan, path: Path) -> None:
     """Draw a plan; the path's suffix says in which format."""
     height = min(max(1.5 + 0.3 * len(plan.blocks), 2.6), 12)
-    has_memory = plan.encoder is not None
     with mpl.rc_context({"font.size": 9, "axes.titlesize": 10}):
-        figure = Figure(figsize=(9.5, height + (2.0 if has_memory else 0)), dpi=150, layout="constrained")
-        if has_memory:
+        figure = Figure(figsize=(9.5, height + (2.0 if plan.encoder else 0)), dpi=150, layout="constrained")
+        if plan.encoder:
             top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[height, 1.8])
-            _draw_memory(bottom, plan)
+            _draw_memory(bottom, plan, plan.encoder.batch_size)
             top.tick_params(axis="x", length=0)
         else:
             top = bottom = figure.subplots()
@@ -56,19 +55,18 @@ def _draw_blocks(figure: Figure, axes: Axes, plan: Plan) -> None:
     axes.text(1, 1.01, "grey: frozen", transform=axes.transAxes, ha="right", va="bottom", color="#707070", fontsize=8)
 
 
-def _draw_memory(axes: Axes, plan: Plan) -> None:
+def _draw_memory(axes: Axes, plan: Plan, batch_size: int) -> None:
     """Steps of what each phase keeps, stacked."""
     memories = [phase.memory for phase in plan.phases if phase.memory is not None]
     starts = [phase.first_epoch for phase in plan.phases]
     widths = [phase.last_epoch + 1 - phase.first_epoch for phase in plan.phases]
-    unit, floor = unit_of(plan), [0.0] * len(memories)
+    (unit, size), floor = unit_of(plan), [0.0] * len(memories)
     style: dict[str, Any] = {"align": "edge", "edgecolor": "white", "linewidth": 0.8}
     for kind, colour in _KINDS.items():
-        sizes = [getattr(memory, kind) / BYTES[unit] for memory in memories]
+        sizes = [getattr(memory, kind) / size for memory in memories]
         axes.bar(starts, sizes, widths, bottom=floor, color=colour, label=kind, **style)
         floor = list(map(add, floor, sizes))
-    batch = f", batch of {plan.encoder.batch_size}" if plan.encoder else ""
-    axes.set_ylabel(f"{unit}{batch}")
+    axes.set_ylabel(f"{unit}, batch of {batch_size}")
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_ylim(0, 1.25 * max(floor))  # room for the legend
     axes.legend(loc="upper left", frameon=False, fontsize=8, ncols=len(_KINDS))
