@@ -393,6 +393,7 @@ def test_too_patient(patience: int, milestones: dict[int, int], checks: int | No
     guard, nothing, trips = OverfitGuard(patience), nn.Identity(), []
     student = training.Arm("student", nothing, nothing, blocks, schedule, "eval", DistillationLoss(), guard)
     with warnings_in_one_line():
+        warnings.simplefilter("always")
         run._forecast(student)
     assert capsys.readouterr().err == (
         ""
