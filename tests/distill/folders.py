@@ -19,6 +19,11 @@ def blocks(*values: int, dtype: type = np.uint8) -> np.ndarray[Any, Any]:
     return np.repeat(np.repeat(np.array([values], dtype), SIDE * len(values), 0), SIDE, 1)
 
 
+def stems(data: SegmentationData) -> tuple[str, ...]:
+    """The names of its pairs, in order."""
+    return tuple(pair.name for pair in data.pairs)
+
+
 def save(folder: Path, name: str, mask: Any, image: Any = None, image_name: str = "", **options: Any) -> None:
     """A mask under its name, and an image of its size, a PNG by default, of the mask's stem."""
     mask = mask if isinstance(mask, Image.Image) else Image.fromarray(mask)

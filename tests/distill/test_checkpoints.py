@@ -156,7 +156,7 @@ def test_misfits_are_named(file: Path, donor: nn.Module) -> None:
     torch.save(lightning(unet("timm-efficientnet-b0", classes=3)), file)
     text = refused(file, unet("timm-efficientnet-b3"))
     assert text.count(": file (") == 5
-    assert re.search(r"got \d+ missing \(encoder\.\S+, .*, \.\.\.\), \d+ of another shape \(", text)
+    assert re.search(r"got \d+ missing \(encoder\.\S+, .* and \d+ more\), \d+ of another shape \(", text)
     torch.save({"state_dict": {**state(donor, "model."), "loss.weight": torch.ones(1), "mean": torch.ones(3)}}, file)
     assert refused(file) == (
         "must fit the teacher, got 2 unexpected (loss.weight, mean); save the teacher's own `state_dict()` alone"
@@ -378,7 +378,10 @@ def test_an_encoder_file_that_does_not_fit_is_refused(file: Path) -> None:
         (state(unet("timm-efficientnet-b3")), "; build the encoder as the file's model was built"),
         (state(unet("timm-efficientnet-b3").encoder), "of another shape (conv_stem.weight: file (40,"),  # type: ignore[arg-type]
         (state(unet("resnet18")), "must fit the encoder, got"),
-        (lacking, "got 6 missing (conv_head.weight, bn2.weight, bn2.bias, bn2.running_mean, bn2.running_var, ...)"),
+        (
+            lacking,
+            "got 6 missing (conv_head.weight, bn2.weight, bn2.bias, bn2.running_mean, bn2.running_var and 1 more)",
+        ),
     ):
         torch.save(content, file)
         with pytest.raises(CheckpointError) as caught:

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-pytest.importorskip("PIL")
+pytest.importorskip("segmentation_models_pytorch")
+from folders import stems
 from PIL import Image
 
 from unfreeze_sched.distill.command.data import (
@@ -66,7 +67,7 @@ def test_the_sample_has_its_counts_classes_and_shapes(split: Any, count: int) ->
     """A part of the sample gives float images and int64 masks of the requested size, and all five classes."""
     data = load_sample(split, image_size=32)
     assert (len(data), data.classes, data.class_names) == (count, 5, CLASS_NAMES)
-    assert data.names == tuple(f"{i:04d}" for i in range(count))
+    assert stems(data) == tuple(f"{i:04d}" for i in range(count))
     seen = set()
     for index in range(count):
         image, mask = data[index]
@@ -97,7 +98,7 @@ def load(path: Path, **keywords: Any) -> SegmentationData:
 def test_a_folder_is_sorted_by_stem_and_kept_nowhere(folder: Folder) -> None:
     """Items come in the order of their stems, and a file is read again when it is asked for."""
     data = load(folder("c a b"), image_size=8)
-    assert (data.names, data.class_names, data.cache) == (("a", "b", "c"), ("0", "1"), None)
+    assert (stems(data), data.class_names, data.cache) == (("a", "b", "c"), ("0", "1"), None)
     assert all(pair.classes == {0, 1} for pair in data.pairs)
     Path(data.pairs[1].image.source).unlink()  # type: ignore[arg-type]  # of a folder
     data[0]
@@ -184,9 +185,9 @@ def test_a_split_is_disjoint_complete_and_a_function_of_the_seed() -> None:
     data = load_sample("train")
     train, validation = data.split(0.2, seed=3)
     assert (len(train), len(validation)) == (320, 80)
-    assert sorted(train.names + validation.names) == list(data.names)
-    assert list(validation.names) == sorted(validation.names)
-    assert data.split(0.2, seed=3)[1].names == validation.names != data.split(0.2, seed=4)[1].names
+    assert sorted(stems(train) + stems(validation)) == list(stems(data))
+    assert list(stems(validation)) == sorted(stems(validation))
+    assert stems(data.split(0.2, seed=3)[1]) == stems(validation) != stems(data.split(0.2, seed=4)[1])
 
 
 def batches(data: SegmentationData, seed: int, epoch: int) -> list[torch.Tensor]:

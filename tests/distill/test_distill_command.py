@@ -7,7 +7,6 @@ import math
 import subprocess
 import sys
 import warnings
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,13 @@ Image = pytest.importorskip("PIL.Image")
 
 from images import write_images  # noqa: E402  # after the skips
 
-from unfreeze_sched import LARGE, MEDIUM, SMALL, MilestonePreset, UnfreezeSchedule  # noqa: E402  # after the skips
+from unfreeze_sched import LARGE, MEDIUM, SMALL, Block, MilestonePreset, UnfreezeSchedule  # noqa: E402  # after the skips
 from unfreeze_sched.arguments import preset_from  # noqa: E402
 from unfreeze_sched.cli import main, make_parser  # noqa: E402
-from unfreeze_sched.distill.command import run, training  # noqa: E402
-from unfreeze_sched.distill.command.ranks import Ranks  # noqa: E402
+from unfreeze_sched.distill.command import run, runlog, training  # noqa: E402
 from unfreeze_sched.distill.command.runlog import RunLog, warnings_in_one_line  # noqa: E402
 from unfreeze_sched.distill.command.training import Settings  # noqa: E402
+from unfreeze_sched.distill.loss import DistillationLoss  # noqa: E402
 from unfreeze_sched.guards import OverfitGuard  # noqa: E402
 from unfreeze_sched.plan.memory import saved_for_backward  # noqa: E402
 
@@ -310,8 +309,8 @@ def scripted(monkeypatch: pytest.MonkeyPatch, losses: list[float]) -> dict[int, 
     coming = iter(losses)
 
     def evaluated(arm: Any, *rest: Any) -> Any:
-        evaluation = evaluate(arm, *rest)
-        return replace(evaluation, loss=next(coming)) if arm.name == "student" else evaluation
+        loss, miou = evaluate(arm, *rest)
+        return (next(coming) if arm.name == "student" else loss), miou
 
     def saved(state: Any, path: Path) -> None:
         models[len(state["records"]) - 1] = {key: value.clone() for key, value in state["model"].items()}
@@ -384,29 +383,30 @@ def test_a_guard_that_restores(
 
 
 @pytest.mark.parametrize(
-    ("patience", "milestones", "told"),
-    [
-        (5, {0: 0, 10: 1, 15: 2}, ""),
-        (
-            6,
-            {0: 0, 10: 1, 15: 2, 19: 3},
-            "should be at most 5, the checks from one transition to the next, got 6: each transition starts the count afresh, so the guard cannot trip before the last\n",
-        ),
-        (1, {0: 0, 10: 1}, "has nothing to hold back: no block joins after the first transition\n"),
-    ],
+    ("patience", "milestones", "checks"),
+    [(5, {0: 0, 10: 1, 15: 2}, None), (6, {0: 0, 10: 1, 15: 2, 19: 3}, 5), (1, {0: 0, 10: 1}, 0)],
 )
-def test_too_patient(patience: int, milestones: dict[int, int], told: str, capsys: Any) -> None:
+def test_too_patient(patience: int, milestones: dict[int, int], checks: int | None, capsys: Any) -> None:
     """A guard that cannot trip before the last transition is warned of: as many checks as lie between two still can."""
     schedule = UnfreezeSchedule(preset=MilestonePreset(milestones=milestones), total_blocks=4, total_epochs=30)
-    run._warn_of_patience(patience, schedule)
-    assert capsys.readouterr().err == (told and f"unfreeze-sched: warning: `--guard-patience` {told}")
-    guard, trips = OverfitGuard(patience), []
+    blocks = tuple(Block(name, (nn.Linear(1, 1),)) for name in "abcd")
+    guard, nothing, trips = OverfitGuard(patience), nn.Identity(), []
+    student = training.Arm("student", nothing, nothing, blocks, schedule, "eval", DistillationLoss(), guard)
+    with warnings_in_one_line():
+        warnings.simplefilter("always")
+        run._forecast(student)
+    assert capsys.readouterr().err == (
+        ""
+        if checks is None
+        else f"unfreeze-sched: warning: `--guard-patience` {patience} holds no block back: the count starts afresh at "
+        f"each transition, and the next is at most {checks} checks away\n"
+    )
     for epoch in range(30):  # the loss gets worse at every check
         guard.follow(min(schedule[epoch], 4 if guard.cap is None else guard.cap), 4)
         guard.step(float(epoch))
         trips += [epoch] if guard.cap is not None and not trips else []
     last = schedule.transitions()[-1][0]
-    assert (trips[0] < last) == (told == "")
+    assert (trips[0] < last) == (checks is None)
 
 
 def test_a_guard_changes_nothing_before_it_trips(finished: tuple[Path, str], data: Path, tmp_path: Path) -> None:
@@ -419,10 +419,11 @@ def test_a_guard_changes_nothing_before_it_trips(finished: tuple[Path, str], dat
     assert all(torch.equal(ours[key], value) for key, value in theirs.items())
 
 
-def test_warnings_in_one_line(capsys: Any) -> None:
+def test_warnings_in_one_line(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """A warning of any kind is one line on standard error, once, without a place in the code, from rank 0 alone."""
     for rank in (0, 1):
-        with warnings_in_one_line(Ranks(rank, 2)):
+        monkeypatch.setattr(runlog, "speaks", lambda rank=rank: rank == 0)
+        with warnings_in_one_line():
             warnings.simplefilter("always")
             for _ in range(2):
                 warnings.warn("no gradient reached\n  stem/weight", UserWarning, stacklevel=1)

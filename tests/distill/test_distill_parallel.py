@@ -106,9 +106,9 @@ def test_figures_are_those_of_all_ranks(two: tuple[Path, str]) -> None:
         assert own[0] != other[0]
         assert record["train_loss"] == (own[0] + other[0]) / 12
         arm.unet.load_state_dict(torch.load(folder / f"student.{epoch}.last.pth", weights_only=True)["model"])
-        alone = evaluate(arm, validation, settings)
-        assert record["validation_loss"] == pytest.approx(alone.loss, rel=1e-12)
-        assert record["validation_miou"] == pytest.approx(alone.miou, rel=1e-12)
+        loss, miou = evaluate(arm, validation, settings)
+        assert record["validation_loss"] == pytest.approx(loss, rel=1e-12)
+        assert record["validation_miou"] == pytest.approx(miou, rel=1e-12)
 
 
 def test_rank_0_alone_writes_and_tells(two: tuple[Path, str]) -> None:
@@ -207,6 +207,10 @@ def test_wrong_input_is_told_once(words: list[str], line: str, data: Path, tmp_p
     assert result.stdout == ""
 
 
+def no_such_device(*_: object, **__: object) -> torch.Tensor:
+    raise RuntimeError("CUDA error: invalid device ordinal")
+
+
 def test_ranks_that_cannot_share(monkeypatch: pytest.MonkeyPatch) -> None:
     """A batch or data that cannot be shared evenly are refused, and so is a GPU for all ranks, or fewer than ranks."""
     _refuse_many_ranks(8, 8, Ranks(1, 4))
@@ -220,9 +224,12 @@ def test_ranks_that_cannot_share(monkeypatch: pytest.MonkeyPatch) -> None:
         _refuse_many_ranks(8, 7, Ranks(1, 4))
     with pytest.raises(ValueError, match="must be cpu or cuda with several ranks, got 'cuda:0'; with cuda each takes"):
         Ranks(1, 2, 1).device("cuda:0")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(ValueError, match="`--nproc-per-node` must be at most the number of GPUs, 1, got more; start"):
+    monkeypatch.setattr(torch, "zeros", no_such_device)
+    with pytest.raises(
+        ValueError, match="must be a device of this machine, got 'cuda:1'; start one rank a GPU, or say"
+    ):
         Ranks(1, 2, 1).device("cuda")
+    monkeypatch.undo()
     assert Ranks(1, 2, 1).device("cpu") == "cpu"
 
 

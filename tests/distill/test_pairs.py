@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("PIL")
-from folders import blocks, read, refused, save
+pytest.importorskip("segmentation_models_pytorch")
+from folders import blocks, read, refused, save, stems
 from PIL import Image
 
 KINDS = ".png, .bmp, .tif, .tiff, .gif, .jpg, .jpeg are read, and .webp as an image"
@@ -50,7 +50,7 @@ def test_masks_are_found_by_the_name_they_hold(tmp_path: Path, pairs: dict[str, 
 def test_equal_stems_and_upper_case_suffixes_need_no_word(tmp_path: Path) -> None:
     """The usual folder is read in silence."""
     data, told = read(folder(tmp_path, {"a.JPG": "a.PNG", "b.Jpeg": "b.png"}))
-    assert (data.names, told) == (("a", "b"), [])
+    assert (stems(data), told) == (("a", "b"), [])
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_what_is_not_read_is_named(tmp_path: Path) -> None:
     (path / "images" / ".a.png").touch()
     os.mkfifo(path / "masks" / "pipe.png")
     data, told = read(path)
-    assert data.names == ("a", "b", "c")
+    assert stems(data) == ("a", "b", "c")
     assert told == [
         f"not read: images/.a.png, images/d.npy, images/more/, masks/d.npy, masks/more/ and 1 more; {KINDS}"
     ]

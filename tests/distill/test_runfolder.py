@@ -133,7 +133,7 @@ def test_what_a_killed_process_left_locks_no_folder(copy: Path, capsys: Any) -> 
     """A folder that holds nothing but unfinished files is free; a resume removes those of its run."""
     left = copy / "left"
     left.mkdir()
-    for name in (".arguments.json.0123.tmp", "arguments.json.partial"):
+    for name in (".arguments.json.0123.tmp", ".student.pth.4567.tmp"):
         (left / name).write_text('{"words"')
     check_output(str(left))
     assert claim(str(left), [], {}) == left

@@ -15,6 +15,8 @@ from typing import IO, Any
 import torch
 from torch import Tensor, nn
 
+from unfreeze_sched._checks import listed
+
 PathLike = str | os.PathLike[str]
 State = Mapping[str, Tensor]
 
@@ -116,17 +118,13 @@ def refuse_misfits(state: State, expected: State, *, source: str, what: str) -> 
     missing = [key for key in expected if key not in state]
     unexpected = [key for key in state if key not in expected]
     kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
-    if found := ", ".join(f"{len(items)} {kind} ({_few(items)})" for kind, items in kinds if items):
+    if found := ", ".join(f"{len(items)} {kind} ({listed(items, _SHOWN)})" for kind, items in kinds if items):
         fix = f"build the {what} as the file's model was built"
         if len(missing) == len(expected):
             fix = f"none of the {what}'s keys is in it, so give another file"
         elif not missing and not shapes:
             fix = f"save the {what}'s own `state_dict()` alone"
         raise CheckpointError(f"{source}: must fit the {what}, got {found}; {fix}")
-
-
-def _few(items: list[str]) -> str:
-    return ", ".join(items[:_SHOWN]) + (", ..." if len(items) > _SHOWN else "")
 
 
 def read_checkpoint(path: PathLike) -> Any:
@@ -193,13 +191,13 @@ def _read_state(path: PathLike) -> State:
         raise CheckpointError(f"{path}: must hold a state dict, got {found}; save `model.state_dict()`")
     if others := [str(key) for key in state if not isinstance(key, str) or not isinstance(state[key], Tensor)]:
         raise CheckpointError(
-            f"{path}: must hold a state dict, got values that are no tensors ({_few(others)}); "
+            f"{path}: must hold a state dict, got values that are no tensors ({listed(others, _SHOWN)}); "
             'save `model.state_dict()`, alone or under "state_dict"'
         )
     odd = [k for k, v in state.items() if v.layout != torch.strided or v.is_meta or v.is_quantized or v.is_complex()]
     if odd:  # a parameter could not take them, and the others would be loaded by then
         raise CheckpointError(
-            f"{path}: must hold plain tensors of real numbers, got others ({_few(odd)}); "
+            f"{path}: must hold plain tensors of real numbers, got others ({listed(odd, _SHOWN)}); "
             "save the model's own `state_dict()`"
         )
     return state

@@ -7,6 +7,7 @@ from numbers import Real
 from typing import NamedTuple
 
 import torch
+from segmentation_models_pytorch import losses
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  # torch's own habit
 
@@ -44,7 +45,6 @@ class DistillationLoss(nn.Module):
     Raises:
         TypeError: `ignore_index` is no integer.
         ValueError: `alpha` or `temperature` is no number in its range.
-        ModuleNotFoundError: segmentation_models_pytorch is missing.
 
     Example:
         >>> loss = DistillationLoss(alpha=0.5, temperature=2.0)
@@ -65,12 +65,6 @@ class DistillationLoss(nn.Module):
             )
         if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
             raise TypeError(f"`ignore_index` must be an integer, got {ignore_index!r}; use 255, or -100 for no pixel")
-        try:
-            from segmentation_models_pytorch import losses  # noqa: PLC0415  # an extra: asked for on use
-        except ModuleNotFoundError:
-            raise ModuleNotFoundError(
-                "`DistillationLoss` needs segmentation_models_pytorch; pip install 'unfreeze-sched[distill]'"
-            ) from None
         self._dice = losses.DiceLoss("multiclass", ignore_index=ignore_index)
         self._dice_of_one = losses.DiceLoss("multiclass", classes=[1], ignore_index=ignore_index)
         # Summed, and divided by the pixels that count: smp's own mean divides by all, so ignoring would scale the term.

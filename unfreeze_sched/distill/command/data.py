@@ -12,10 +12,11 @@ from zipfile import ZipFile
 
 import numpy as np
 import torch
+from timm.models import get_pretrained_cfg
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from unfreeze_sched._checks import listed, plain
+from unfreeze_sched._checks import listed
 from unfreeze_sched.distill.checkpoints import classes_of
 from unfreeze_sched.distill.command.files import DataError, File, Pair, Values, look, pairs_of, settle, square_of
 from unfreeze_sched.distill.loss import IGNORE_INDEX
@@ -49,11 +50,6 @@ class SegmentationData(Dataset[tuple[Tensor, Tensor]]):
     meaning: Values | None = None  # class index, 255, or -1 for none, by value of the masks; None: these are indices
     white: int = 2**16 - 1  # the value of a 16-bit image that becomes 255
     cache: dict[str, tuple[Tensor, Tensor]] | None = field(default=None, repr=False)  # decoded items, for all parts
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The files' stems, in order."""
-        return tuple(pair.name for pair in self.pairs)
 
     @property
     def classes(self) -> int:
@@ -168,12 +164,7 @@ def load_folders(
     their number, background included, or None to count them; `mask_values` the value of each class in the masks, by
     index, or None for class indices, or 0 and 255.
     """
-    parts = []
-    for place, folder in enumerate(folders):
-        pairs, lines = pairs_of(Path(folder), f"{folder}/" if place else "")
-        parts.append(pairs)
-        for line in lines:
-            tell(plain(line))
+    parts = [pairs_of(Path(folder), f"{folder}/" if place else "", tell) for place, folder in enumerate(folders)]
     if (number := sum(map(len, parts))) >= _MANY:
         tell(f"{number} images and masks are looked at first")
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -256,10 +247,7 @@ def _parts(whole: SegmentationData, parts: dict[str, SegmentationData], seed: in
 
 def _items(args: argparse.Namespace) -> dict[str, Any]:
     """The items' side, and the normalisation that the student's weights want."""
-    try:
-        mean, std = normalisation(args.student_encoder)
-    except ValueError:  # a name that timm does not know; most of these weights were trained with the usual constants
-        mean, std = IMAGENET_NORMALISATION
+    mean, std = normalisation(args.student_encoder)
     return {"image_size": args.image_size, "mean": mean, "std": std}
 
 
@@ -271,17 +259,13 @@ def classes_for(teacher: str | None, data: SegmentationData) -> int:
 def normalisation(encoder_name: str) -> tuple[Triple, Triple]:
     """Mean and standard deviation that an encoder's ImageNet weights want, of RGB in [0, 1]; from timm's records.
 
-    smp's own `get_preprocessing_params` says the same, but asks a model hub.
+    Most weights that it does not know were trained with the usual constants. smp's own `get_preprocessing_params` says
+    the same, but asks a model hub.
     """
-    from timm.models import get_pretrained_cfg  # noqa: PLC0415  # on use, since the data alone needs none of it
-
     try:
         record = get_pretrained_cfg(timm_name(encoder_name), allow_unregistered=False)
     except RuntimeError:
-        raise ValueError(
-            f"`encoder_name` must be one that timm has weights for, got {encoder_name!r}; "
-            "use IMAGENET_NORMALISATION if its weights were trained with it"
-        ) from None
+        return IMAGENET_NORMALISATION
     return tuple(record.mean), tuple(record.std)
 
 

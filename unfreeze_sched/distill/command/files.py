@@ -5,7 +5,7 @@ import io
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,25 +68,26 @@ class Pair(NamedTuple):
 # --- names
 
 
-def pairs_of(folder: Path, prefix: str = "") -> tuple[list[Pair], list[str]]:
+def pairs_of(folder: Path, prefix: str, tell: Callable[[str], object]) -> list[Pair]:
     """The images of `folder/images/` with their masks in `folder/masks/`, sorted by stem; no file is opened.
 
-    Also lines on what is not read and on how masks were found. The prefix stands before the files' labels.
+    What is not read is told, and how masks were found. The prefix stands before the files' labels.
     """
     images, other = _by_stem(folder / "images", _IMAGE_SUFFIXES)
     masks, more = _by_stem(folder / "masks", _MASK_SUFFIXES)
     unread = [*(f"{prefix}images/{name}" for name in other), *(f"{prefix}masks/{name}" for name in more)]
-    lines = [f"not read: {listed(unread, _NAMED)}; {_READ}"] if unread else []
+    if unread:
+        tell(plain(f"not read: {listed(unread, _NAMED)}; {_READ}"))
     if not images:
         raise DataError(f"{folder / 'images'} must hold an image, got {listed(other, _NAMED) or 'none'}; {_READ}")
     found = _found(images, masks, more)
     if changed := [f"{found[stem].name} to {images[stem].name}" for stem in images if found[stem].stem != stem]:
-        lines.append(f"masks belong to the images whose names theirs hold: {listed(changed)}")
+        tell(plain(f"masks belong to the images whose names theirs hold: {listed(changed)}"))
     pairs = []
     for stem, image in sorted(images.items()):
         mask = File(f"{prefix}masks/{found[stem].name}", found[stem])
         pairs.append(Pair(stem, File(f"{prefix}images/{image.name}", image), mask))
-    return pairs, lines
+    return pairs
 
 
 def _by_stem(folder: Path, suffixes: tuple[str, ...]) -> tuple[Files, list[str]]:

@@ -21,15 +21,10 @@ _PACKAGES = {
 _TRAINED_EPS = 1e-3
 
 
-def has_imagenet_package(encoder_name: str) -> bool:
-    """Whether this encoder's ImageNet weights are installed as a package."""
-    package, _ = _PACKAGES.get(timm_name(encoder_name), ("", ""))
-    return bool(package) and find_spec(package) is not None
-
-
 def load_first_weights(encoder: nn.Module, encoder_name: str, weights: str) -> None:
     """Load what `--student-weights` asks for: a package's weights, or else smp's own download, none, or a file's."""
-    if weights == "imagenet" and has_imagenet_package(encoder_name):
+    package, _ = _PACKAGES.get(timm_name(encoder_name), ("", ""))
+    if weights == "imagenet" and package and find_spec(package):
         load_imagenet_weights(encoder, encoder_name)
     else:
         load_student_weights(encoder, encoder_name, None if weights == "none" else weights)
@@ -48,7 +43,8 @@ def load_imagenet_weights(encoder: nn.Module, encoder_name: str) -> None:
 
 def imagenet_state(model: nn.Module, encoder_name: str) -> dict[str, Tensor]:
     """The package's weights under the names of an smp encoder, or of timm's classifier."""
-    path = _package_file(encoder_name)
+    package, knower = _PACKAGES[timm_name(encoder_name)]
+    path = str(getattr(import_module(package), knower).get_model_file_path())
     original: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
     expected = model.state_dict()
     # The original's names are others, and its order is timm's: that of use. Feature extractors end at the last block.
@@ -61,8 +57,3 @@ def imagenet_state(model: nn.Module, encoder_name: str) -> dict[str, Tensor]:
         if isinstance(layer, nn.BatchNorm2d):
             state[f"{name}.running_var"] = state[f"{name}.running_var"] + (_TRAINED_EPS - layer.eps)
     return state
-
-
-def _package_file(encoder_name: str) -> str:
-    package, knower = _PACKAGES[timm_name(encoder_name)]
-    return str(getattr(import_module(package), knower).get_model_file_path())

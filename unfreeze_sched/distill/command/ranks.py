@@ -28,11 +28,6 @@ class Ranks:
     world: int = 1
     local: int = 0
 
-    @property
-    def leads(self) -> bool:
-        """Whether this is the one that writes files and tells of the run."""
-        return self.rank == 0
-
     def summed(self, values: Tensor) -> Tensor:
         """The sum over ranks of values on the CPU."""
         if self.world > 1:
@@ -62,18 +57,12 @@ class Ranks:
                 f"`--device` must be cpu or cuda with several ranks, got {name!r}; with cuda each takes its own GPU"
             )
         if self.world > 1 and name == "cuda":
-            if self.local >= (gpus := torch.cuda.device_count()):
-                raise ValueError(
-                    f"`--nproc-per-node` must be at most the number of GPUs, {gpus}, got more; start fewer, or say "
-                    "--device cpu"
-                )
             name = f"cuda:{self.local}"
         try:
             torch.zeros(1, device=name).item()
         except (RuntimeError, AssertionError) as error:
-            raise ValueError(
-                f"`--device` must be a device of this machine, got {name!r}; leave it out or say cpu"
-            ) from error
+            fix = "leave it out or say cpu" if self.world == 1 else "start one rank a GPU, or say cpu"
+            raise ValueError(f"`--device` must be a device of this machine, got {name!r}; {fix}") from error
         return name
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -97,14 +96,9 @@ def _draw_blocks(figure: Figure, axes: Any, training: Training) -> None:
         for place, name in enumerate(names)
     ]
     draw_rows(figure, axes, rows, (0, len(records)), [transition.epoch for transition in training.history])
-    title = ["What trains when (grey: frozen), coloured by learning rate at the epoch's first step"]
-    for transition in training.history:
-        if transition.reason != "schedule":
-            axes.axvline(transition.epoch, color="0.2", linewidth=1, linestyle=(0, (3, 2)))
-            title += textwrap.wrap(f"from epoch {transition.epoch} on (dashed): {transition.reason}", 150)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("epoch (0-based)")
-    axes.set_title("\n".join(title), fontsize=10)
+    axes.set_title("What trains when (grey: frozen), coloured by learning rate at the epoch's first step", fontsize=10)
 
 
 @torch.no_grad()
@@ -122,6 +116,6 @@ def _draw_predictions(figure: Figure, grid: Any, training: Training, examples: S
             # Of an image's own colours matplotlib asks for no map.
             axes.imshow(picture.numpy(), cmap=colours, vmin=0, vmax=colours.N - 1, interpolation="nearest")
             axes.set(xticks=[], yticks=[], ylabel="" if column else title)
-    names = examples.class_names[: colours.N]
-    handles = [mpl.patches.Patch(color=colours(index), label=name) for index, name in enumerate(names)]
+    names = enumerate(examples.class_names)
+    handles = [mpl.patches.Patch(color=colours(index), label=name) for index, name in names]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 10), frameon=False)

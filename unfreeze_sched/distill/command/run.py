@@ -6,7 +6,7 @@ import argparse
 import copy
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import fields, replace
 from itertools import pairwise
@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from timm.layers import convert_sync_batchnorm
 
-from unfreeze_sched import Block, MilestonePreset, UnfreezeSchedule
+from unfreeze_sched import MilestonePreset, UnfreezeSchedule
+from unfreeze_sched._checks import warn
 from unfreeze_sched.arguments import preset_from
 from unfreeze_sched.distill.checkpoints import replacing, save_atomically
 from unfreeze_sched.distill.command.data import SegmentationData, classes_for, data_of
@@ -24,12 +25,12 @@ from unfreeze_sched.distill.command.imagenet import load_first_weights
 from unfreeze_sched.distill.command.ranks import Ranks, joined
 from unfreeze_sched.distill.command.report import around_transitions, draw_report, phase_table
 from unfreeze_sched.distill.command.runfolder import as_begun, check_output, claim, held, inputs_of
-from unfreeze_sched.distill.command.runlog import RunLog, say, tensorboard_writer, warn, warnings_in_one_line
+from unfreeze_sched.distill.command.runlog import RunLog, say, tensorboard_writer, warnings_in_one_line
 from unfreeze_sched.distill.command.training import Arm, Imitating, Settings, Training, evaluate
 from unfreeze_sched.distill.loss import DistillationLoss
 from unfreeze_sched.distill.wrapper import LATER, DistillationUNetWrapper, StudentUnet, blocks_of, build_unet
 from unfreeze_sched.guards import OverfitGuard
-from unfreeze_sched.parallel import agreed
+from unfreeze_sched.parallel import agreed, speaks
 
 # A teacher is fine-tuned whole, its encoder at this fraction of the head's rate.
 _TEACHER_SCALE = 0.3
@@ -43,9 +44,9 @@ def run(args: argparse.Namespace, words: Sequence[str]) -> None:
             written where something was refused.
     """
     begin, ranks = time.perf_counter(), joined()
-    with warnings_in_one_line(ranks), ExitStack() as stack:
+    with warnings_in_one_line(), ExitStack() as stack:
         resumed = None if args.resume is None else Path(args.resume)
-        if ranks.leads:  # the folder is looked at by the one that is about to write there
+        if speaks():  # the folder is looked at by the one that is about to write there
             if resumed is None:
                 check_output(args.output)
             else:
@@ -67,36 +68,31 @@ def run(args: argparse.Namespace, words: Sequence[str]) -> None:
             for arm in arms
         }
         # All that can be refused has been, before a teacher is trained for nothing; only now something is written.
-        output = resumed or agreed(claim(args.output, words, inputs_of(args)) if ranks.leads else None)
-        if ranks.leads and not resumed:
+        output = resumed or agreed(claim(args.output, words, inputs_of(args)) if speaks() else None)
+        if speaks() and not resumed:
             stack.enter_context(held(output))
         say(
             f"{n_images} training images, {len(validation)} {'of them ' if args.val is None else ''}for validation, "
             f"{len(test)} for the test; {training.classes} classes; {settings.device}"
             f"{f', {ranks.world} ranks' if ranks.world > 1 else ''}; into {output}"
         )
-        for line in _forecast(student.blocks, student.schedule):
-            say(line)
-        if student.guard is not None and ranks.leads:
-            _warn_of_patience(student.guard.patience, student.schedule)
+        _forecast(student)
         with RunLog(output, events=args.tensorboard) as log:
-            _train(runs, wrapper, output, ranks, log)
+            _train(runs, wrapper, output, log)
         runs.pop("teacher", None)
         _show(runs, test, output, ranks)
         say(f"{output / 'report.png'} shows the run; {time.perf_counter() - begin:.0f} s in all")
 
 
-def _train(
-    runs: dict[str, Training], wrapper: DistillationUNetWrapper, output: Path, ranks: Ranks, log: RunLog
-) -> None:
+def _train(runs: dict[str, Training], wrapper: DistillationUNetWrapper, output: Path, log: RunLog) -> None:
     """Train the arms, one after the other; the wrapper takes over the weights of a teacher among them."""
-    if ranks.leads:  # what a killed process had not finished
+    if speaks():  # what a killed process had not finished
         for left in (*output.glob(".*.tmp"), *output.glob("*/.*.tmp")):
             left.unlink(missing_ok=True)
     for name, each in runs.items():
         log.begin(name, each.steps, each.done)
         each.run(output / name, log)
-        if ranks.leads:
+        if speaks():
             save_atomically(each.arm.unet.state_dict(), output / f"{name}.pth")
         if name == "teacher":
             wrapper.teacher.load_state_dict(each.arm.unet.state_dict())
@@ -107,17 +103,15 @@ def _train(
 def _show(runs: dict[str, Training], test: SegmentationData, output: Path, ranks: Ranks) -> None:
     """The tables, the scores on the test part, `result.json` and the picture."""
     scores = {name: evaluate(each.arm, test, each.settings, ranks) for name, each in runs.items()}
-    if not ranks.leads:
+    if not speaks():
         return
     for name, each in runs.items():
         say(phase_table(each.records, f"{name}: loss and mIoU on the validation part"))
         if each.held:
             say(f"{name}: {each.held}")
-    for name, score in scores.items():
-        say(f"test part, {len(test)} images, {name}: loss {score.loss:.3f}, mIoU {100 * score.miou:.1f} %")
-    result = {
-        name: {"test_loss": score.loss, "test_miou": score.miou, **_told(runs[name])} for name, score in scores.items()
-    }
+    for name, (loss, miou) in scores.items():
+        say(f"test part, {len(test)} images, {name}: loss {loss:.3f}, mIoU {100 * miou:.1f} %")
+    result = {name: _result(each, *scores[name]) for name, each in runs.items()}
     with replacing(output / "result.json") as file:
         file.write(json.dumps(result, indent=2).encode())
     draw_report(output / "report.png", runs, test)
@@ -205,32 +199,27 @@ def _frozen_twin(wrapper: DistillationUNetWrapper, student: Arm) -> Arm:
     return replace(student, name="frozen", guard=None, **own)
 
 
-def _forecast(blocks: tuple[Block, ...], schedule: UnfreezeSchedule) -> Iterator[str]:
-    """What will join when, and what never will."""
-    for epoch, number in schedule.transitions():
-        yield f"epoch {epoch}: {number} of {len(blocks)} blocks train"
+def _forecast(student: Arm) -> None:
+    """Say what will join when, what never will, and where a guard cannot trip before the last transition."""
+    blocks, schedule = student.blocks, student.schedule
+    transitions = schedule.transitions()
+    for epoch, number in transitions:
+        say(f"epoch {epoch}: {number} of {len(blocks)} blocks train")
     if never := [block.name for block in blocks[::-1]][schedule.blocks_at(schedule.total_epochs) :]:
-        yield (
+        say(
             f"never within {schedule.total_epochs} epochs: {', '.join(never)}; train longer, or start earlier and at a "
             "smaller rate, to unfreeze them too"
         )
-
-
-def _warn_of_patience(patience: int, schedule: UnfreezeSchedule) -> None:
-    """Say so where a guard will never hold a block back before the last transition."""
-    epochs = [epoch for epoch, _ in schedule.transitions()]
-    most = max((after - before for before, after in pairwise(epochs)), default=0)
-    if most == 0:
-        warn("`--guard-patience` has nothing to hold back: no block joins after the first transition")
-    elif patience > most:
+    checks = max((after - before for (before, _), (after, _) in pairwise(transitions)), default=0)
+    if student.guard is not None and student.guard.patience > checks:
         warn(
-            f"`--guard-patience` should be at most {most}, the checks from one transition to the next, got {patience}: "
-            "each transition starts the count afresh, so the guard cannot trip before the last"
+            f"`--guard-patience` {student.guard.patience} holds no block back: the count starts afresh at each "
+            f"transition, and the next is at most {checks} checks away"
         )
 
 
-def _told(training: Training) -> dict[str, Any]:
-    """What the history and the guard add to an arm's result."""
+def _result(training: Training, loss: float, miou: float) -> dict[str, Any]:
+    """What `result.json` has of an arm."""
     around = around_transitions(training.records)
     transitions = [
         {
@@ -243,4 +232,4 @@ def _told(training: Training) -> dict[str, Any]:
         }
         for each in training.history
     ]
-    return {"transitions": transitions, "held": training.held or None}
+    return {"test_loss": loss, "test_miou": miou, "transitions": transitions, "held": training.held or None}

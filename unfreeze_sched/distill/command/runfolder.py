@@ -20,10 +20,8 @@ from unfreeze_sched.distill.command.arguments import add_arguments
 _FILE = "arguments.json"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _CLOSED = {errno.EACCES, errno.EPERM, errno.EROFS}
-_UNFINISHED = {".tmp", ".partial"}
 
-Inputs = dict[str, str]
-"""What a run reads: a file, by its flag and its path below -> its size and its content's hash."""
+Inputs = dict[str, str]  # what a run reads: a file, by its flag and its path below -> its size and its content's hash
 
 
 class _Begun(FrozenModel):
@@ -80,7 +78,7 @@ def check_output(name: str | None) -> None:
     """See that a run can be begun in a folder; nothing is made."""
     folder = Path(name or "runs")
     # Unfinished files, which a killed process left, take no folder.
-    if name and folder.exists() and (not folder.is_dir() or any(p.suffix not in _UNFINISHED for p in folder.iterdir())):
+    if name and folder.exists() and (not folder.is_dir() or any(p.suffix != ".tmp" for p in folder.iterdir())):
         raise ValueError(
             f"`--output` must be a new or empty folder, got {folder}; name another, nothing is overwritten"
         )

@@ -13,7 +13,6 @@ from typing import Any
 from tqdm import tqdm
 
 from unfreeze_sched._checks import FrozenModel, plain
-from unfreeze_sched.distill.command.ranks import Ranks
 from unfreeze_sched.parallel import speaks
 
 
@@ -39,11 +38,6 @@ def say(text: str) -> None:
     if speaks():
         tqdm.write("\n".join(map(plain, text.split("\n"))))
         sys.stdout.flush()
-
-
-def warn(text: str) -> None:
-    """A warning, as a line on standard error."""
-    tqdm.write(f"unfreeze-sched: warning: {plain(' '.join(text.split()))}", file=sys.stderr)
 
 
 def tensorboard_writer() -> Any:
@@ -108,15 +102,15 @@ class RunLog(ExitStack):
 
 
 @contextmanager
-def warnings_in_one_line(ranks: Ranks) -> Iterator[None]:
+def warnings_in_one_line() -> Iterator[None]:
     """Within it, each text that Python's warnings have is told once, by rank 0, without a place in the code."""
     told: set[str] = set()
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
-        text = str(message)
-        if ranks.leads and text not in told:
+        text = plain(" ".join(str(message).split()))
+        if speaks() and text not in told:
             told.add(text)
-            warn(text)
+            tqdm.write(f"unfreeze-sched: warning: {text}", file=sys.stderr)
 
     with warnings.catch_warnings():
         warnings.showwarning = show

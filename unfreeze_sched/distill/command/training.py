@@ -26,6 +26,7 @@ from unfreeze_sched.distill.loss import IGNORE_INDEX, DistillationLoss
 from unfreeze_sched.guards import OverfitGuard
 from unfreeze_sched.model.freezing import Norms
 from unfreeze_sched.optimizer.groups import BLOCK_KEY
+from unfreeze_sched.parallel import speaks
 from unfreeze_sched.plan.memory import saved_for_backward
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -77,16 +78,8 @@ class Imitating(nn.Sequential):
         return logits, logits.detach()
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Of one data set."""
-
-    loss: float
-    miou: float  # mean intersection over union
-
-
 @torch.no_grad()
-def evaluate(arm: Arm, data: SegmentationData, settings: Settings, ranks: Ranks = ALONE) -> Evaluation:
+def evaluate(arm: Arm, data: SegmentationData, settings: Settings, ranks: Ranks = ALONE) -> tuple[float, float]:
     """Loss, by image, and mean IoU of a network, left in evaluation mode; ranks share the batches and get the same."""
     arm.unet.eval()
     classes = max(data.classes, 2)  # one channel tells two apart
@@ -98,7 +91,7 @@ def evaluate(arm: Arm, data: SegmentationData, settings: Settings, ranks: Ranks 
         total += float(arm.loss(logits, targets, masks)) * len(images)
         pixels += pixel_counts(logits, masks, classes)
     sums = ranks.summed(torch.cat([total, pixels.flatten()]))
-    return Evaluation(float(sums[0]) / len(data), mean_iou(sums[1:].view(3, classes)))
+    return float(sums[0]) / len(data), mean_iou(sums[1:].view(3, classes))
 
 
 def pixel_counts(logits: Tensor, masks: Tensor, classes: int) -> Tensor:
@@ -185,7 +178,7 @@ class Training:
     def run(self, folder: Path, log: RunLog) -> None:
         """Train; the folder, made where it is not there, has `last.pth` after each epoch, and the log hears of all."""
         arm, records, seed = self.arm, self.records, self.settings.seed
-        if self.ranks.leads:
+        if speaks():
             folder.mkdir(exist_ok=True)
         for record in records:
             log.epoch(record)
@@ -208,7 +201,7 @@ class Training:
                 )
             trained = self._epoch(epoch, module, records[-1].saved_bytes if records and not change else None, log)
             self.ranks.follow(arm.unet)
-            evaluation = evaluate(arm, self.validation, self.settings, self.ranks)
+            loss, miou = evaluate(arm, self.validation, self.settings, self.ranks)
             records.append(
                 EpochRecord(
                     arm=arm.name,
@@ -217,22 +210,22 @@ class Training:
                     joined=joined,
                     learning_rates=rates,
                     optimizer_step=kept,
-                    validation_loss=evaluation.loss,
-                    validation_miou=evaluation.miou,
+                    validation_loss=loss,
+                    validation_miou=miou,
                     **trained,
                 )
             )
             held = self.held
             if arm.guard is not None and not held:
-                arm.guard.step(evaluation.loss)
-            if self.ranks.leads:
+                arm.guard.step(loss)
+            if speaks():
                 states = {name: part.state_dict() for name, part in self.parts.items()}
                 save_atomically({**states, "records": [each.model_dump() for each in records]}, folder / "last.pth")
             log.epoch(records[-1])
             if epoch and joined:
                 log.tell(
                     f"{arm.name}, epoch {epoch}: validation loss {records[-2].validation_loss:.3f} before "
-                    f"{listed(joined)} joined, {evaluation.loss:.3f} after an epoch"
+                    f"{listed(joined)} joined, {loss:.3f} after an epoch"
                 )
             if self.held != held:
                 log.tell(f"{arm.name}, epoch {epoch}: {self.held}")
