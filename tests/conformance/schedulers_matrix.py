@@ -101,6 +101,9 @@ RECIPES: list[Recipe] = [
            lambda o, r: sequential(o, [lrs.LinearLR(o, 0.1, total_iters=4), cosine(o, 0.02)], [4])),
     Recipe("Sequential, eta_min first",
            lambda o, r: sequential(o, [cosine(o, 0.02), lrs.ExponentialLR(o, 0.9), lrs.LambdaLR(o, halved)], [4, 9])),
+    Recipe("Sequential, a product after eta_min",
+           lambda o, r: sequential(o, [cosine(o, 0.02), lrs.MultiplicativeLR(o, wobble)], [2])),
+    Recipe("Sequential, SWALR after eta_min", lambda o, r: sequential(o, [cosine(o, 0.02), swa(o, r)], [2])),
     Recipe("Sequential, restarts",
            lambda o, r: sequential(o, [lrs.ConstantLR(o, 0.5, 3), lrs.CosineAnnealingWarmRestarts(o, 4, eta_min=0.02)], [3])),
     Recipe("Chained", lambda o, r: [lrs.ChainedScheduler([lrs.LinearLR(o, 0.1, total_iters=4), cosine(o)])]),
@@ -160,13 +163,10 @@ RECIPES += [
         "get_wsd_schedule": {"num_warmup_steps": 4, "num_decay_steps": 8, "num_training_steps": 30},
     }.items()
 ]  # fmt: skip
-# What only declared groups can follow at another scale: a floor in a product or behind what goes on, a plateau at its floor, and timm's floors
+# What only declared groups can follow at another scale: a floor in a product, a plateau at its floor, and timm's floors
 # and common first rate, which keep no count from which to tell how far they are.
 REFUSED = [
     Recipe("Chained, eta_min", lambda o, r: [lrs.ChainedScheduler([lrs.LinearLR(o, 0.1, total_iters=4), cosine(o, 0.02)])]),
-    Recipe("Sequential, a product after eta_min",
-           lambda o, r: sequential(o, [cosine(o, 0.02), lrs.MultiplicativeLR(o, wobble)], [2])),
-    Recipe("Sequential, SWALR after eta_min", lambda o, r: sequential(o, [cosine(o, 0.02), swa(o, r)], [2])),
     Recipe("cosine with eta_min beside another", lambda o, r: [lrs.StepLR(o, 4), cosine(o, 0.02)]),
     Recipe("Plateau at min_lr", lambda o, r: [lrs.ReduceLROnPlateau(o, factor=0.1, patience=0, min_lr=0.02)]),
     Recipe("timm Cosine, lr_min", lambda o, r: [timm.scheduler.CosineLRScheduler(o, 20, lr_min=0.01)]),

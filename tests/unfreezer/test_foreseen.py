@@ -31,10 +31,6 @@ CASES = {
     "none": (lambda _: [], False),
     "cosine": (lambda o: [cosine(o)], False),
     "warm-up, then cosine": (lambda o: [lr_scheduler.SequentialLR(o, [linear(o), cosine(o)], [2])], False),
-    "cosine, then a product": (
-        lambda o: [lr_scheduler.SequentialLR(o, [cosine(o), lr_scheduler.MultiplicativeLR(o, lambda _: 0.9)], [2])],
-        True,
-    ),
     "chain": (lambda o: [lr_scheduler.ChainedScheduler([linear(o), cosine(o)])], True),
     "chain without a floor": (lambda o: [lr_scheduler.ChainedScheduler([linear(o), cosine(o, 0.0)])], False),
     "chain in a chain": (

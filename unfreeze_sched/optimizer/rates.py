@@ -19,7 +19,8 @@ from operator import mul
 from typing import Any, NamedTuple
 
 from torch import Tensor
-from torch.optim.lr_scheduler import ChainedScheduler, ReduceLROnPlateau, SequentialLR
+from torch.optim.lr_scheduler import ChainedScheduler, MultiplicativeLR, ReduceLROnPlateau, SequentialLR
+from torch.optim.swa_utils import SWALR
 
 from unfreeze_sched._checks import short
 from unfreeze_sched.optimizer.groups import class_path
@@ -241,16 +242,19 @@ def joining_rate(schedulers: Schedulers, template: dict[str, Any], index: int, r
     )
 
 
-def _along(scheduler: Any, index: int, ratio: float) -> RateMap | None:
+def _along(scheduler: Any, index: int, ratio: float, *, is_nested: bool = False) -> RateMap | None:
     """The map between the two groups' rates along a scheduler's own formula, None where that depends on the past."""
     if ratio == 1:
         return deepcopy
     parts = _lasting(scheduler)
     if len(parts) == 1:
-        return _along(parts[0], index, ratio)
+        return _along(parts[0], index, ratio, is_nested=not isinstance(scheduler, _AtOnce))
     if not any(map(_floor, _had_a_say(scheduler))):
         return partial(mul, ratio)
-    return None if parts or row_of(scheduler.__class__) is _TIMM else _along_cosine(scheduler, index, ratio)
+    if parts:  # a nested sequence is stepped once more when the outer one is made, of which its parts do not tell
+        goes_on = _kind(scheduler.__class__) is SequentialLR and not is_nested
+        return _past_floor(parts, index, ratio) if goes_on else None
+    return None if row_of(scheduler.__class__) is _TIMM else _along_cosine(scheduler, index, ratio)
 
 
 def _along_cosine(scheduler: Any, index: int, ratio: float) -> RateMap:
@@ -267,25 +271,36 @@ def _along_cosine(scheduler: Any, index: int, ratio: float) -> RateMap:
     return lambda rate: floor + (rate - floor) * quotient
 
 
+def _past_floor(parts: Sequence[Any], index: int, ratio: float) -> RateMap | None:
+    """The map where a sequence's last part goes on from the rate that the part before it, with a floor, left."""
+    before, present = parts[-2:]
+    along = _along(before, index, ratio) if len(parts) == 2 or row_of(before.__class__).restarts else None  # noqa: PLR2004
+    if along is None:
+        return None
+    left: Any = before.get_last_lr()[index]
+    left_to_us: Any = along(left)
+    if _kind(present.__class__) is SWALR and (swa := present.optimizer.param_groups[index]["swa_lr"]) != left:
+        # It mixes the rate that it found with its own, by a share that can be read off.
+        return lambda rate: (swa * ratio - left_to_us) * ((rate - left) / (swa - left)) + left_to_us
+    return partial(mul, left_to_us / left) if _kind(present.__class__) is MultiplicativeLR and left != 0 else None
+
+
 def foreseen(schedulers: Schedulers, template: Mapping[str, Any], index: int, ratio: float) -> tuple[Any, float] | None:
     """What `joining_rate` may refuse once training has begun: a scheduler, and its floor or least step.
 
-    There is no map along timm's, or past one beside or before others; a plateau's reductions may reach its own.
+    There is no map along timm's, or past one beside others; a plateau's reductions may reach its own.
     """
     if ratio == 1 or template.get("lr") is None:
         return None
     parts = list(_with_inner(_AtOnce(schedulers)))
     chains = [part for part in parts if _kind(part.__class__) is ChainedScheduler and len(_lasting(part)) > 1]
-    entangled = leaves(chains)
-    for inner in (part._schedulers for part in parts if _kind(part.__class__) is SequentialLR):  # noqa: SLF001  # likewise
-        going_on = [place for place, part in enumerate(inner) if not row_of(part.__class__).restarts]
-        entangled += leaves(inner[: max(going_on, default=0)])
+    at_once = leaves(chains)
     for part in parts:
         if _kind(part.__class__) is ReduceLROnPlateau:
             reduced = float(template["lr"]) * part.factor * ratio
             if part.min_lrs[index] > 0 or not _is_above(part, index, reduced):
                 return part, part.min_lrs[index] or part.eps
-        elif _floor(part) and (part in entangled or row_of(part.__class__) is _TIMM):
+        elif _floor(part) and (part in at_once or row_of(part.__class__) is _TIMM):
             return part, _floor(part)
     return None
 
