@@ -83,6 +83,7 @@ class History(Sequence[Transition]):
 
     def __init__(self) -> None:
         self._transitions: list[Transition] = []
+        self.last: Transition | None = None  # `history[-1]`, where there is one
 
     @overload
     def __getitem__(self, index: int) -> Transition: ...
@@ -100,6 +101,7 @@ class History(Sequence[Transition]):
     def add(self, transition: Transition) -> None:
         """Note a transition, of the same blocks as those before; the unfreezer calls this."""
         self._transitions.append(transition)
+        self.last = transition
 
     def _all_names(self) -> list[str]:
         """The names of all blocks, deepest first; of those that never were unfrozen their place."""
@@ -118,6 +120,7 @@ class History(Sequence[Transition]):
         """
         try:
             self._transitions = _SAVED.validate_python(saved)
+            self.last = next(reversed(self), None)
         except ValidationError as error:
             first = error.errors()[0]
             where = "".join(f"[{part!r}]" for part in first["loc"])

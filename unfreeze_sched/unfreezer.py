@@ -275,7 +275,7 @@ class ProgressiveUnfreezer:
         if self._found_frozen:
             log.info("found frozen as a whole, and the schedule's to unfreeze: %s", ", ".join(self._found_frozen))
             self._found_frozen = []
-        last = self.history[-1] if self.history else None
+        last = self.history.last
         binding = next((cap for cap in self.caps if cap.cap == number < scheduled), None)
         reason = "schedule" if binding is None else type(binding).__name__
         if last is not None and last.number == number and (binding is None or last.reason.startswith(reason)):
