@@ -391,8 +391,8 @@ def test_a_gan(*, clears: bool) -> None:
                 rebuilder.sync()
             assert str(caught.value) == (
                 "`optimizer` must have used its gradients before blocks join, got an accumulation that is not over; "
-                "call optimizer.step() and optimizer.zero_grad() first, or zero_grad() alone to give it up, as for a "
-                "GAN's discriminator, in which the generator's loss leaves gradients"
+                "call optimizer.step() and zero_grad() first, or zero_grad() alone, as for a GAN's discriminator, in "
+                "which the generator's loss leaves gradients"
             )
             of_critic.zero_grad()
         assert bool(rebuilder.sync()) == bool(epoch)

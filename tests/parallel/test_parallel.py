@@ -296,6 +296,6 @@ def test_a_block_whose_parameters_are_gone() -> None:
     block = Block("first", (net.first,))
     del net.first.weight, net.first.bias
     with pytest.raises(
-        ValueError, match="`blocks` must hold the model's own parameters, got 'first', whose modules hold"
+        ValueError, match="`blocks` must hold the model's own parameters, got 'first', which has none any more, as FSDP"
     ):
         OptimizerRebuilder(torch.optim.SGD(net.second.parameters(), lr=0.1), [block])

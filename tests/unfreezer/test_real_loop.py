@@ -157,7 +157,7 @@ def test_clipping_counts_no_stale_gradient(forgetful: bool, monkeypatch: pytest.
     """The norm of all parameters' gradients is that of the trainable ones, after refreezing as well; it would notice."""
     if forgetful:
         monkeypatch.setattr(
-            "unfreeze_sched.unfreezer.set_requires_grad", lambda *args, **kw: set_requires_grad(*args, **kw) and []
+            "unfreeze_sched.model.freezing.set_requires_grad", lambda *args, **kw: set_requires_grad(*args, **kw) and []
         )
     net = Net(3)
     optimizer = torch.optim.AdamW(net.head.parameters())

@@ -31,7 +31,8 @@ def refuse_engine(optimizer: Any, blocks: Iterable[Block]) -> None:
             )
         flat = [name for name, parameter in named if getattr(parameter, "_is_flat_param", False)]
         if flat or not named:
-            got = f"{flat[0]}, which FSDP made of several" if flat else f"{block.name!r}, which has none any more"
+            gone = f"{block.name!r}, which has none any more, as FSDP leaves it"
+            got = f"{flat[0]}, which FSDP made of several" if flat else gone
             raise ValueError(
                 f"`blocks` must hold the model's own parameters, got {got}; pass use_orig_params=True to "
                 "FullyShardedDataParallel, or use fully_shard"
