@@ -155,7 +155,7 @@ def _built(name: str, image_size: Size | None) -> tuple[nn.Module, str]:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "`--encoder` needs segmentation_models_pytorch or timm, of which none is installed; "
-            "pip install segmentation-models-pytorch"
+            "pip install 'unfreeze-sched[plan]'"
         ) from error
     smp: Any = None
     with suppress(ModuleNotFoundError):
