@@ -64,8 +64,8 @@ def run(seed: int, folder: Path, options: Sequence[str]) -> dict[str, Any]:
 def ends(cell: dict[str, Any], arm: str) -> list[float]:
     """Validation mIoU, in percent, at the end of each phase of the student, of one arm."""
     epochs = {name: [one for one in cell["epochs"] if one["arm"] == name] for name in ARMS}
-    last = [max(one["epoch"] for one in epochs["student"] if one["blocks"] <= most) for most in PHASES.values()]
-    return [100 * next(one["validation_miou"] for one in epochs[arm] if one["epoch"] == epoch) for epoch in last]
+    finals = [max(one["epoch"] for one in epochs["student"] if one["blocks"] <= most) for most in PHASES.values()]
+    return [100 * next(one["validation_miou"] for one in epochs[arm] if one["epoch"] == epoch) for epoch in finals]
 
 
 def phase_table(cells: Sequence[dict[str, Any]]) -> str:
@@ -107,13 +107,13 @@ def fit_table(cells: Sequence[dict[str, Any]]) -> str:
     for arm in ("teacher", *ARMS):
         records = [last(cell, arm) for cell in cells]
         row: dict[str, object] = {"arm": arm}
-        for key, name, scale in (
-            ("train_loss", "training loss", 1),
-            ("validation_loss", "validation loss", 1),
-            ("validation_miou", "validation mIoU, %", 100),
+        for key, name, scale, digits in (
+            ("train_loss", "training loss", 1, 3),
+            ("validation_loss", "validation loss", 1, 3),
+            ("validation_miou", "validation mIoU, %", 100, 1),
         ):
             one = interval([scale * record[key] for record in records])
-            row[name] = f"{one.mean:.{1 if scale > 1 else 3}f} ± {one.half:.{1 if scale > 1 else 3}f}"
+            row[name] = f"{one.mean:.{digits}f} ± {one.half:.{digits}f}"
         rows.append(row)
     return as_markdown(rows)
 

@@ -78,6 +78,15 @@ class Found(NamedTuple):
         by_mark = zip(*(cell["seconds"].values() for cell in self.timed[arm]), strict=True)
         return dict(zip(self.table[arm][0]["validation"], (scale * median(some) for some in by_mark), strict=True))
 
+    def curve(self, arm: str) -> dict[str, float]:
+        """Validation accuracy by mark, in percent; the mean over the seeds."""
+        cells = self.table[arm]
+        return {step: 100 * mean(cell["validation"][step] for cell in cells) for step in cells[0]["validation"]}
+
+    def tested(self, arm: str) -> tuple[float, float]:
+        """Accuracy on the snippets and on the shifted sets, in percent; the mean over the seeds."""
+        return mean(of(self.table, arm, movies)), mean(of(self.table, arm, shift))
+
     def share(self, arm: str) -> float:
         """CPU time in percent of full fine-tuning's at the low rate; the median of the seeds' ratios."""
         pairs = zip(of(self.timed, arm, seconds), of(self.timed, "full_low", seconds), strict=True)
@@ -86,19 +95,13 @@ class Found(NamedTuple):
 
 def tables_of(result: dict[str, Any]) -> dict[int, Found]:
     """By size, where a seed is complete."""
-    timed = complete(
-        [cell for cell in result["cells"] if cell["seconds"] and cell["run"]["size"] == smallest(result)], ARMS
-    )
+    sizes = [int(size) for size in result["sizes"]]
+    timed = complete([cell for cell in result["cells"] if cell["seconds"] and cell["run"]["size"] == min(sizes)], ARMS)
     tested = [cell for cell in result["cells"] if cell["test"]]
     found = {
-        size: Found(complete([cell for cell in tested if cell["run"]["size"] == size], ARMS), timed)
-        for size in map(int, result["sizes"])
+        size: Found(complete([cell for cell in tested if cell["run"]["size"] == size], ARMS), timed) for size in sizes
     }
     return {size: one for size, one in found.items() if one.table and timed}
-
-
-def smallest(result: dict[str, Any]) -> int:
-    return min(map(int, result["sizes"]))
 
 
 def labelled(arm: str) -> str:
@@ -129,9 +132,10 @@ def cost_table(found: Found) -> str:
     def columns(arm: str) -> dict[str, object]:
         pairs = zip(found.table[arm], found.table["frozen"], strict=True)
         marks = [reach(cell, validation(frozen)) for cell, frozen in pairs]
-        ends = [math.inf if mark is None else found.spent(arm)[mark] for mark in marks]
+        spent = found.spent(arm)
+        ends = [math.inf if mark is None else spent[mark] for mark in marks]
         row: dict[str, object] = {
-            "CPU s": f"{list(found.spent(arm).values())[-1]:.0f}",
+            "CPU s": f"{list(spent.values())[-1]:.0f}",
             "% of full_low": f"{found.share(arm):.0f}",
             "frozen's accuracy reached by": f"{sum(mark is not None for mark in marks)} of {len(marks)}",
         }
@@ -224,8 +228,7 @@ def short_table(found: dict[int, Found]) -> str:
     """Mean accuracy on the test part, and on the shifted sets, and the CPU time, of a few arms."""
     rows = []
     for size, each in found.items():
-        means = {arm: [mean(of(each.table, arm, measure)) for measure in (movies, shift)] for arm in SHOWN}
-        shown = {ARMS[arm].text: "{:.1f} / {:.1f}".format(*means[arm]) for arm in SHOWN}
+        shown = {ARMS[arm].text: "{:.1f} / {:.1f}".format(*each.tested(arm)) for arm in SHOWN}
         rows.append({"training sentences": f"{size:,}", **shown})
     shares = {ARMS[arm].text: f"{next(iter(found.values())).share(arm):.0f} %" for arm in SHOWN}
     return as_markdown([*rows, {"training sentences": "CPU time", **shares}])
@@ -330,13 +333,12 @@ def draw(found: dict[int, Found], path: Path) -> None:
         above.set_title(f"{titled(size, table)}\naccuracy, points over frozen, 95 % interval", fontsize=10)
         forest(above, table, {"movies": movies, "shifted": shift}, {arm: labelled(arm) for arm in table})
         below.set_title("validation accuracy, %, by CPU seconds of training; means", fontsize=10)
-        for arm, cells in table.items():
-            heights = [
-                100 * mean(values) for values in zip(*(cell["validation"].values() for cell in cells), strict=True)
-            ]
+        for arm in table:
             color = f"C{list(ARMS).index(arm) % 10}"
             style = "--" if list(ARMS).index(arm) > 9 else "-"
-            below.plot(each.spent(arm).values(), heights, style, color=color, label=labelled(arm), marker=".")
+            below.plot(
+                each.spent(arm).values(), each.curve(arm).values(), style, color=color, label=labelled(arm), marker="."
+            )
         below.legend(fontsize=7)
     figure.savefig(path, dpi=70)
     plt.close(figure)
@@ -358,12 +360,10 @@ def draw_run(found: Found, choices: dict[str, Any], path: Path) -> None:
     draw_rows(figure, left, rows, (0, steps), first.values())
     left.set(xlabel="step", title=f"{ARMS['early'].text}: what trains (grey: frozen)")
     for arm in SHOWN:
-        cells = found.table[arm]
-        curve = {int(step): 100 * mean(c["validation"][step] for c in cells) for step in cells[0]["validation"]}
-        test, shifted = (mean(of(found.table, arm, measure)) for measure in (movies, shift))
+        curve, (test, shifted) = found.curve(arm), found.tested(arm)
         style = "--" if arm in REFERENCES else "-"
         label = f"{ARMS[arm].text}: test {test:.1f}, shifted {shifted:.1f}"
-        right.plot(curve.keys(), curve.values(), style, marker=".", label=label)
+        right.plot([int(step) for step in curve], curve.values(), style, marker=".", label=label)
     right.set(xlabel="step", title=f"validation accuracy, %, mean of {len(found.table['frozen'])} seeds")
     right.legend(fontsize=8)
     figure.savefig(path, dpi=110)
