@@ -16,9 +16,10 @@ from torch.optim import Optimizer
 from unfreeze_sched._checks import as_state, differences, listed, one_of, short, warn
 from unfreeze_sched.guards import Cap, checked_caps
 from unfreeze_sched.history import History, Transition
-from unfreeze_sched.model import Block, freezing
+from unfreeze_sched.model import Block, encoder_blocks, freezing
 from unfreeze_sched.model.block import parts_of, validate_blocks
 from unfreeze_sched.model.freezing import Norms
+from unfreeze_sched.model.tracing import unwrap
 from unfreeze_sched.optimizer import GroupChange, OptimizerRebuilder
 from unfreeze_sched.optimizer.groups import innermost, why_no_rate
 from unfreeze_sched.optimizer.rebuilder import UNCHANGED, Membership, OnRefreeze, Scale, taken_out
@@ -172,10 +173,6 @@ class ProgressiveUnfreezer:
             >>> unfreezer.apply(10).added
             ('first/weight', 'first/bias')
         """
-        # They load the tracer, which the rest needs not.
-        from unfreeze_sched.model import encoder_blocks  # noqa: PLC0415
-        from unfreeze_sched.model.tracing import unwrap  # noqa: PLC0415
-
         if not isinstance(model, nn.Module):
             raise TypeError(f"`model` must be an nn.Module, got {type(model).__name__}; pass the bare model")
         if blocks is not None and head is not None:
